@@ -1,0 +1,40 @@
+# make demo   train a small Qwen on real text and sample from it
+# make test   the whole test suite
+# make check  lint and types
+# make bench  side by side with PyTorch
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench
+
+# One stamp per set of extras: installed once, and again when the dependencies change.
+$(VENV)/core: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/test: $(VENV)/core
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/core
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/core
+	$(BIN)/python -m train configs/quickstart.gin
+	$(BIN)/python -m infer generate runs/quickstart --prompt 'def ' --prompt 'import ' --prompt 'class ' --max-new-tokens 120 --temperature 0.7 --seed 0
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(VENV)/core
+	$(BIN)/python benchmarks/train_cpu.py
+	$(BIN)/python benchmarks/generate_cpu.py

@@ -1,0 +1,310 @@
+"""Gin-like text onto frozen dataclasses: strict, typed, and every value knows where it was written.
+
+    include "base.gin"          # first in a file, so that what follows overrides it
+    LR = 3e-4                   # a macro: a name in capitals
+    optim = @AdamW              # one class of the field's declared union
+    optim.peak_lr = %LR         # one field
+    data.files = ("a.jsonl",    # a value goes on while a bracket is open
+                  "b.jsonl")
+
+The dataclasses are the schema. Values are Python literals: no name is imported and nothing is evaluated. Every
+mistake is a ConfigError that begins with `file:line:` (or `--set path=value:`).
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from qwen_jax.errors import ConfigError, FileError
+
+T = TypeVar("T")
+
+MAX_BYTES = 1_000_000  # of one file; a real config has a few thousand
+COMMENT_COLUMN = 60  # a longer line does not push the comments of all others out
+
+_MISSING = dataclasses.MISSING
+_UNIONS = (types.UnionType, typing.Union)
+_INCLUDE = re.compile(r"""include\s*(?P<quote>["'])(?P<file>[^"']+)(?P=quote)""")
+_BINDING = re.compile(r"(?P<path>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\s*=(?!=)\s*(?P<text>.+)", re.ASCII | re.DOTALL)
+# An unclosed string runs to the end of its line; were it no token, a line full of quotes would take quadratic time.
+_TOKEN = re.compile(r""" "(?:\\.|[^"\\])*(?:"|\\?$) | '(?:\\.|[^'\\])*(?:'|\\?$) | [#()\[\]{}] """, re.VERBOSE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """One `path = text` as written, and where: `configs/sft.gin:12` or `--set path=text`."""
+
+    path: str
+    text: str
+    where: str
+
+
+_Located = list[tuple[list[str], Binding]]  # bindings, each with its path below some section
+
+
+def read(file: Path) -> list[Binding]:
+    """The bindings of a config file in the order they apply: those of its includes, then its own.
+
+    Raises FileError where `file` itself cannot be read, ConfigError for a mistake in it or in its includes.
+    """
+    return _read(Path(file), (), "")
+
+
+def parse_set(assignments: Sequence[str]) -> list[Binding]:
+    """The bindings of `--set path=value` options, each in the grammar of a config line; the last of a path wins."""
+    bindings = {}
+    for assignment in assignments:
+        where = f"--set {_short(' '.join(assignment.split()))}"
+        match = _BINDING.fullmatch(assignment.strip())
+        if not match:
+            raise ConfigError(f"{where}: expected path=value, as in --set optim.peak_lr=3e-4")
+        bindings[match["path"]] = Binding(match["path"], match["text"], where)
+    return sorted(bindings.values(), key=_depth)
+
+
+def _depth(binding: Binding) -> int:
+    """Sorts `optim = @AdamW` before `optim.peak_lr = 1`: the order of lines within one file has no meaning."""
+    return binding.path.count(".")
+
+
+def _read(file: Path, includers: tuple[Path, ...], where: str) -> list[Binding]:
+    """As `read`, for a file that the last of `includers` includes at `where`."""
+    if os.path.realpath(file) in map(os.path.realpath, includers):
+        raise ConfigError(f"{where}: include cycle: {' -> '.join(map(str, (*includers, file)))}")
+    try:
+        statements = list(_statements(file))
+    except OSError as error:
+        kind, place = (ConfigError, f"{where}: ") if where else (FileError, "")
+        raise kind(f"{place}cannot read config {str(file)!r}: {error.strerror}; give the path of a .gin file") from error
+    included: list[Binding] = []
+    own: dict[str, Binding] = {}
+    for number, statement in statements:
+        where = f"{file}:{number}"
+        if match := _INCLUDE.fullmatch(statement):
+            if own:
+                raise ConfigError(f"{where}: include comes before the first binding, so that this file overrides it")
+            included += _read(file.parent / match["file"], (*includers, file), where)
+        elif match := _BINDING.fullmatch(statement):
+            if first := own.get(match["path"]):
+                raise ConfigError(f"{where}: {first.path} is already bound at {first.where}; keep one of the two")
+            own[match["path"]] = Binding(match["path"], match["text"], where)
+        else:
+            raise ConfigError(f'{where}: expected `path = value` or `include "file.gin"`, got {_short(statement)!r}')
+    return included + sorted(own.values(), key=_depth)
+
+
+def _statements(file: Path) -> Iterator[tuple[int, str]]:
+    """(number of the first line, text) of each statement, without comments, bracketed lines joined."""
+    with open(file, "rb") as stream:
+        data = stream.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{file}:1: larger than {MAX_BYTES} bytes; a config is a short text file")
+    try:
+        lines = re.split(r"\r\n?|\n", data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}:{data[: error.start].count(10) + 1}: not UTF-8 text: {error.reason}") from None
+    parts: list[str] = []
+    first = depth = 0
+    for number, line in enumerate(lines, 1):
+        end, first = len(line), first if depth else number
+        for token in _TOKEN.finditer(line):
+            if token[0] == "#":
+                end = token.start()
+                break
+            depth += (token[0] in "([{") - (token[0] in ")]}")
+        parts.append(line[:end].strip())
+        if depth <= 0:
+            if statement := " ".join(parts).strip():
+                yield first, statement
+            parts, depth = [], 0
+    if depth:
+        raise ConfigError(f"{file}:{first}: a bracket opened here is never closed")
+
+
+def resolve(schema: type[T], bindings: Iterable[Binding]) -> tuple[T, dict[str, str]]:
+    """The config that the bindings make of a dataclass, and where each bound path got its value.
+
+    Later bindings override earlier ones; another class for a section forgets what was bound for the old class.
+    Fields that are not bound keep their default.
+    """
+    bindings = list(bindings)
+    macros = {b.path: b for b in bindings if b.path.isupper() and "." not in b.path}
+    used = {b.text[1:] for b in bindings if b.text.startswith("%")}
+    for name, macro in macros.items():
+        _literal(macro)
+        if name not in used:
+            raise ConfigError(f"{macro.where}: nothing uses the macro %{name}{_nearest(name, used)}")
+    located = [(b.path.split("."), _expand(b, macros)) for b in bindings if b.path not in macros]
+    where = next((b.where for b in reversed(bindings) if not b.where.startswith("--set ")), "config")
+    provenance: dict[str, str] = {}
+    return _section(schema, None, located, "", where, provenance), provenance
+
+
+def _expand(b: Binding, macros: Mapping[str, Binding]) -> Binding:
+    if not b.text.startswith("%"):
+        return b
+    if b.text[1:] not in macros:
+        raise ConfigError(f"{b.where}: no macro {_short(b.text)}{_nearest(b.text[1:], macros)}")
+    macro = macros[b.text[1:]]
+    return Binding(b.path, macro.text, f"{b.where}: {b.text} of {macro.where}")
+
+
+def _section(schema: type, default: Any, located: _Located, path: str, where: str, provenance: dict[str, str]) -> Any:
+    """An instance of `schema`; what is not bound is as in `default`, where that is one too."""
+    title = f"{path} ({schema.__name__})" if path else schema.__name__
+    fields = _fields(schema, default)
+    lines = {name: b.where for (name, *_), b in located}
+    for (name, *_), b in located:
+        if name not in fields:
+            raise ConfigError(f"{b.where}: {title} has no field {_short(name)}{_nearest(name, fields)}")
+    values, missing = {}, []
+    for name, (hint, value) in fields.items():
+        below = [(rest, b) for (first, *rest), b in located if first == name]
+        full = f"{path}.{name}" if path else name
+        values[name] = _field(hint, value, below, full, where, provenance)
+        if values[name] is _MISSING:
+            missing.append(f"`{full} = ...` ({_spell(hint)})")
+    if missing:
+        raise ConfigError(f"{where}: {title} has fields without a value; write {', '.join(missing)}")
+    try:
+        return schema(**values)
+    except ValueError as error:  # __post_init__ speaks of fields: name the line that bound the first of them
+        line = next((lines[word] for word in re.findall(r"\w+", str(error)) if word in lines), where)
+        raise ConfigError(f"{line}: {title}: {error}") from error
+
+
+def _field(hint: Any, value: Any, located: _Located, path: str, where: str, provenance: dict[str, str]) -> Any:
+    """The value of one field, MISSING if it has none. `value` is its default, `where` its section's place."""
+    classes = {f"@{c.__name__}": c for c in _members(hint) if dataclasses.is_dataclass(c)}
+    default, chosen = value, False
+    below: _Located = []
+    schema = type(default) if type(default) in classes.values() else None  # the section's class, if it is one
+    if len(classes) == 1:
+        (schema,) = classes.values()
+    for rest, b in located:
+        if rest:
+            if schema is None:
+                choices = " or ".join(f"`{path} = {name}`" for name in classes)
+                raise ConfigError(f"{b.where}: " + (f"first write {choices}" if classes else f"{path} is no section"))
+            below.append((rest, b))
+            continue
+        if b.text in classes:
+            if classes[b.text] is not schema:
+                schema, below = classes[b.text], []
+            chosen = True
+        elif b.text.startswith("@"):
+            raise ConfigError(f"{b.where}: {path} cannot be {_short(b.text)}{_nearest(b.text, classes)}")
+        else:
+            value, schema, chosen, below = _typed(b, hint), None, False, []
+        provenance[path] = b.where
+    if schema is None or not (chosen or below or schema in (hint, type(default))):
+        return value
+    return _section(schema, default, below, path, located[0][1].where if located else where, provenance)
+
+
+def _typed(b: Binding, hint: Any) -> Any:
+    value = _literal(b)
+    try:
+        return _convert(value, hint)
+    except ValueError:
+        raise ConfigError(f"{b.where}: {b.path} must be {_spell(hint)}, got {_short(repr(value))}") from None
+
+
+def _literal(b: Binding) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Python only warns of an invalid escape such as "\d"
+        try:
+            return ast.literal_eval(b.text)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            kinds = 'a number, a "quoted string", True, False, None, or these in (), [] or {}'
+            raise ConfigError(f"{b.where}: {b.path} = {_short(b.text)} is not a literal: {kinds}") from None
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as the declared type holds it: 3 as 3.0, a list as a tuple. ValueError if it does not fit."""
+    origin, args, members = typing.get_origin(hint), typing.get_args(hint), _members(hint)
+    if len(members) > 1:
+        for member in sorted(members, key=lambda member: member is not type(value)):  # 3 stays an int in float | int
+            with contextlib.suppress(ValueError):
+                return _convert(value, member)
+    elif origin is Literal and any(type(value) is type(arg) and value == arg for arg in args):  # True is not 1
+        return value
+    elif origin is tuple and isinstance(value, tuple | list):
+        hints = args[:1] * len(value) if args[-1] is ... else args
+        if len(hints) == len(value):
+            return tuple(map(_convert, value, hints))
+    elif origin is dict and isinstance(value, dict):
+        return {_convert(k, args[0]): _convert(v, args[1]) for k, v in value.items()}
+    elif hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # 1e400 is infinity
+        return float(value)
+    elif hint in (bool, int, str, types.NoneType) and type(value) is hint:
+        return value
+    raise ValueError
+
+
+def _fields(schema: type, instance: Any) -> dict[str, tuple[Any, Any]]:
+    """Declared type and default of each field; the default is MISSING or, if it is of the schema, from `instance`."""
+    hints, fields = typing.get_type_hints(schema), dataclasses.fields(schema)
+    if type(instance) is schema:
+        return {f.name: (hints[f.name], getattr(instance, f.name)) for f in fields}
+    default = {f.name: f.default if f.default_factory is _MISSING else f.default_factory() for f in fields}
+    return {name: (hints[name], default[name]) for name in default}
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
+
+
+def _spell(hint: Any) -> str:
+    """A declared type in the words of an error message."""
+    if typing.get_origin(hint) in (*_UNIONS, Literal):
+        return " or ".join(repr(arg) if isinstance(arg, str) else _spell(arg) for arg in typing.get_args(hint))
+    if hint is types.NoneType or not isinstance(hint, type):
+        return "None" if hint is types.NoneType else str(hint).replace("typing.", "")
+    return f"@{hint.__name__}" if dataclasses.is_dataclass(hint) else hint.__name__
+
+
+def _nearest(name: str, options: Iterable[str]) -> str:
+    options = list(options)
+    close = difflib.get_close_matches(name, options, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; there is {', '.join(options)}" if options else ""
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def render(config: Any, provenance: Mapping[str, str] | None = None) -> str:
+    """The whole config as text that `resolve` reads back to an equal one; `provenance` becomes aligned comments."""
+    rows = list(_rows(config, ""))
+    if provenance is not None:
+        width = max((len(text) for text, _ in rows if len(text) <= COMMENT_COLUMN), default=0)
+        origins = {path: " ".join(provenance.get(path, "default").split()) for _, path in rows}
+        rows = [(f"{text:<{width}}  # {origins[path]}" if text else "", path) for text, path in rows]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(text for text, _ in rows)).strip() + "\n"
+
+
+def _rows(config: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    """(line, path) of each line: the plain fields, then a paragraph for each section."""
+    fields = [(f"{prefix}{name}", hint, value) for name, (hint, value) in _fields(type(config), config).items()]
+    for path, _, value in fields:
+        if not dataclasses.is_dataclass(value):
+            yield f"{path} = {value!r}", path
+    for path, hint, value in fields:
+        if dataclasses.is_dataclass(value):
+            yield "", ""
+            if len(_members(hint)) > 1:
+                yield f"{path} = @{type(value).__name__}", path
+            yield from _rows(value, f"{path}.")

@@ -1,0 +1,107 @@
+"""What a Qwen is: the numbers that fix its function, checked in sentences.
+
+Names are the paper's: `width` (HF hidden_size), `mlp_width` (intermediate_size), `num_*` for counts. Nothing
+here has a default that changes the function a model computes: theta, eps and biases always come from the config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+from qwen_jax.errors import ConfigError, ModelError
+
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """How positions become rotations: plain rotary embedding with base frequency `theta`."""
+
+    theta: float
+
+    def __post_init__(self) -> None:
+        if not self.theta > 1:
+            raise ConfigError(f"theta={self.theta} must be above 1 (Qwen2.5 has 1000000.0)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape and the constants of one dense Qwen.
+
+    Attributes:
+      vocab_size: rows of the embedding table, padding rows included.
+      width: size of the residual stream (HF hidden_size).
+      num_layers: number of blocks.
+      num_heads: query heads.
+      num_kv_heads: key/value heads; each serves num_heads / num_kv_heads query heads.
+      head_dim: size of one head; need not be width / num_heads (Qwen3).
+      mlp_width: inner size of the gated MLP (HF intermediate_size; half of Qwen1's field of that name).
+      max_position: positions the model was trained for.
+      norm_eps: epsilon of every RMSNorm.
+      qkv_bias: whether the query, key and value projections have a bias (Qwen1 to Qwen2.5).
+      qk_norm: whether queries and keys are normalised per head before rotation (Qwen3).
+      tie_embeddings: whether the output head is the embedding table.
+      rope: how positions become rotations.
+      windows: per layer, how many of the latest keys a query sees; 0 for all; empty for all in each layer.
+      param_dtype: type the parameters are kept in.
+      dtype: type of activations and of matmul inputs; norms, softmax, rope angles and the loss are float32.
+    """
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    max_position: int
+    norm_eps: float
+    qkv_bias: bool
+    qk_norm: bool
+    tie_embeddings: bool
+    rope: Rope
+    windows: tuple[int, ...] = ()
+    param_dtype: DType = "float32"
+    dtype: DType = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_position < 1:
+            raise ConfigError(f"max_position={self.max_position} must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
+        if not 0 < self.norm_eps < 1:
+            raise ConfigError(f"norm_eps={self.norm_eps} must be between 0 and 1 (published models have 1e-06 or 1e-05)")
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ConfigError(f"windows has {len(self.windows)} entries for num_layers={self.num_layers}; give one per layer")
+        if any(w < 0 for w in self.windows):
+            raise ConfigError(f"windows={self.windows} must not be negative; 0 means every earlier key")
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model; a tied head counts once."""
+        d, h = self.width, self.head_dim
+        q, kv = self.num_heads * h, self.num_kv_heads * h
+        attention = 2 * d * q + 2 * d * kv + (q + 2 * kv if self.qkv_bias else 0) + (2 * h if self.qk_norm else 0)
+        block = attention + 3 * d * self.mlp_width + 2 * d
+        tables = self.vocab_size * d * (1 if self.tie_embeddings else 2)
+        return tables + self.num_layers * block + d
+
+    def to_json(self) -> str:
+        """The config as JSON that `from_json` reads back to an equal one."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelConfig:
+        """The config that `to_json` wrote. A missing or unknown field is an error."""
+        try:
+            values: dict[str, Any] = json.loads(text)
+            return cls(**{**values, "rope": Rope(**values["rope"]), "windows": tuple(values["windows"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ModelError(f"not a model config of this library: {error}") from error

@@ -1,0 +1,27 @@
+"""The model: the only folder that imports flax.
+
+B batch, T query, S key, D width, N heads, K kv heads, G = N / K, H head dim, F mlp, E experts, V vocabulary, L layers.
+"""
+
+from qwen_jax.model.cache import Cache, LayerCache, make_cache
+from qwen_jax.model.layout import stack_layers, unstack_layers
+from qwen_jax.model.transformer import Params, Qwen, Remat, abstract, forward, head, init, logits
+
+__all__ = [
+    # Parameters
+    "Params",
+    "init",
+    "abstract",
+    "stack_layers",
+    "unstack_layers",
+    # The forward pass
+    "Qwen",
+    "Remat",
+    "forward",
+    "head",
+    "logits",
+    # What decoding remembers
+    "Cache",
+    "LayerCache",
+    "make_cache",
+]

@@ -1,0 +1,42 @@
+"""Grouped-query attention."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.model.cache import LayerCache, write
+from qwen_jax.model.layers import Linear, RMSNorm
+from qwen_jax.ops.attention import Implementation, attention
+from qwen_jax.ops.mask import Mask
+from qwen_jax.ops.rope import Rotation, rotate
+
+
+class Attention(nn.Module):
+    """Project, rotate, attend, project back; with a cache, the keys and values are written to it and read from it."""
+
+    config: ModelConfig
+    implementation: Implementation
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], rotation: Rotation, mask: Mask, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        c, dtype = self.config, jnp.dtype(self.config.param_dtype)
+        kv_shape = (c.width, c.num_kv_heads, c.head_dim)
+        q = Linear("btd,dnh->btnh", (c.width, c.num_heads, c.head_dim), dtype, bias=c.qkv_bias, name="q")(x)
+        k = Linear("btd,dkh->btkh", kv_shape, dtype, bias=c.qkv_bias, name="k")(x)
+        v = Linear("btd,dkh->btkh", kv_shape, dtype, bias=c.qkv_bias, name="v")(x)
+        if c.qk_norm:
+            q = RMSNorm(c.norm_eps, dtype, name="q_norm")(q)
+            k = RMSNorm(c.norm_eps, dtype, name="k_norm")(k)
+        q, k, v = rotate(q, rotation), rotate(k, rotation).swapaxes(1, 2), v.swapaxes(1, 2)
+        if cache is not None:
+            cache = write(cache, k, v, mask.query_positions)
+            k, v = cache.k, cache.v
+        y = attention(q, k, v, mask, implementation=self.implementation)
+        # As in Qwen1: what is added to the residual stream starts smaller the more layers add to it.
+        o_shape, scale = (c.num_heads, c.head_dim, c.width), 0.5 / c.num_layers
+        return Linear("btnh,nhd->btd", o_shape, dtype, scale=scale, name="o")(y), cache

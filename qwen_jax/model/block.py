@@ -1,0 +1,41 @@
+"""One layer: attention and feed-forward, each normalised before and added to the residual stream."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.model.attention import Attention
+from qwen_jax.model.cache import LayerCache
+from qwen_jax.model.layers import RMSNorm
+from qwen_jax.model.mlp import MLP
+from qwen_jax.ops.attention import Implementation
+from qwen_jax.ops.mask import Mask
+from qwen_jax.ops.rope import Rotation
+
+
+class Block(nn.Module):
+    """`a = x + Attention(norm(x)); a + MLP(norm(a))`. `window` is this layer's, and travels beside its parameters."""
+
+    config: ModelConfig
+    implementation: Implementation
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        window: Int[Array, ""] | None,
+        cache: LayerCache | None,
+        rotation: Rotation,
+        mask: Mask,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        eps, dtype = self.config.norm_eps, jnp.dtype(self.config.param_dtype)
+        mask = dataclasses.replace(mask, window=window)
+        attend = Attention(self.config, self.implementation, name="attention")
+        y, cache = attend(RMSNorm(eps, dtype, name="attention_norm")(x), rotation, mask, cache)
+        x = x + y
+        return x + MLP(self.config, name="mlp")(RMSNorm(eps, dtype, name="mlp_norm")(x)), cache

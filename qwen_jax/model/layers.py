@@ -1,0 +1,68 @@
+"""The parts with parameters that everything else is made of."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from qwen_jax import sharding
+from qwen_jax.ops.linear import contract
+from qwen_jax.ops.norm import rms_norm
+
+
+class Linear(nn.Module):
+    """`einsum(pattern, x, w) + b`, e.g. "btd,dnh->btnh" with shape (D, N, H).
+
+    The letters say the rest: those of w that x lacks are the output (and the bias), those they share give the
+    fan-in, and all of them how w is split. w starts with variance `scale / fan-in`, b with zeros.
+    """
+
+    pattern: str
+    shape: tuple[int, ...]
+    param_dtype: jnp.dtype
+    bias: bool = False
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        inputs, _ = self.pattern.split("->")
+        xs, ws = inputs.split(",")
+        ins = tuple(i for i, letter in enumerate(ws) if letter in xs)
+        outs = tuple(i for i, letter in enumerate(ws) if letter not in xs)
+        kernel = jax.nn.initializers.variance_scaling(self.scale, "fan_in", "truncated_normal", in_axis=ins, out_axis=outs)
+        split = sharding.weight(ws, self.shape)
+        w = self.param("w", lambda key: kernel(key, self.shape, self.param_dtype, out_sharding=split))
+        y = contract(self.pattern, x, w)
+        if self.bias:
+            letters, shape = "".join(ws[i] for i in outs), tuple(self.shape[i] for i in outs)
+            split = sharding.weight(letters, shape)
+            b = self.param("b", lambda key: jnp.zeros(shape, self.param_dtype, out_sharding=split))
+            y = y + b.astype(y.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, with a learned scale that starts at one."""
+
+    eps: float
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        scale = self.param("scale", lambda key: jnp.ones(x.shape[-1], self.param_dtype))
+        return rms_norm(x, scale, eps=self.eps)
+
+
+class Table(nn.Module):
+    """A [V, D] table of vectors: the token embedding, or an untied output head."""
+
+    shape: tuple[int, int]
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "V D"]:
+        split = sharding.weight("vd", self.shape)
+        normal = jax.nn.initializers.normal(0.02)
+        return self.param("w", lambda key: normal(key, self.shape, self.param_dtype, out_sharding=split))

@@ -1,0 +1,45 @@
+"""The two shapes a tree of layers has, and the way from one to the other.
+
+Stacked: `{"layers": tree of [L, ...]}`: what a scan over layers trains, and the one layout on disk.
+One entry per layer: `{"layers_0": tree, "layers_1": tree, …}`: what decoding and training on CPU run, where slicing
+a layer out of a stack costs a copy of its weights in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_PREFIX = "layers_"
+
+
+def unstack_layers(tree: Any) -> Any:
+    """Every `layers` entry in the tree (of parameters, or an optimiser's state of their shape) split by layer."""
+
+    def split(node: dict) -> dict:
+        stack = node["layers"]
+        layers = range(jax.tree.leaves(stack)[0].shape[0])
+        return {k: v for k, v in node.items() if k != "layers"} | {
+            f"{_PREFIX}{i}": jax.tree.map(lambda x, i=i: x[i], stack) for i in layers
+        }
+
+    return _replace(tree, lambda node: "layers" in node, split)
+
+
+def stack_layers(tree: Any) -> Any:
+    """The inverse of `unstack_layers`."""
+
+    def join(node: dict) -> dict:
+        names = sorted((k for k in node if k.startswith(_PREFIX)), key=lambda name: int(name[len(_PREFIX) :]))
+        stack = jax.tree.map(lambda *xs: jnp.stack(xs), *(node[name] for name in names))
+        return {k: v for k, v in node.items() if not k.startswith(_PREFIX)} | {"layers": stack}
+
+    return _replace(tree, lambda node: f"{_PREFIX}0" in node, join)
+
+
+def _replace(tree: Any, found: Callable[[dict], bool], change: Callable[[dict], dict]) -> Any:
+    is_leaf = lambda node: isinstance(node, dict) and found(node)
+    return jax.tree.map(lambda node: change(node) if is_leaf(node) else node, tree, is_leaf=is_leaf)

@@ -1,0 +1,25 @@
+"""The gated feed-forward layer."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.model.layers import Linear
+
+
+class MLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))` (SwiGLU, Shazeer 2020)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        c, dtype = self.config, jnp.dtype(self.config.param_dtype)
+        gate = Linear("btd,df->btf", (c.width, c.mlp_width), dtype, name="gate")(x)
+        up = Linear("btd,df->btf", (c.width, c.mlp_width), dtype, name="up")(x)
+        down = Linear("btf,fd->btd", (c.mlp_width, c.width), dtype, scale=0.5 / c.num_layers, name="down")
+        return down(jax.nn.silu(gate) * up)

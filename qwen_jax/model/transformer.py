@@ -1,0 +1,156 @@
+"""The whole model, in one forward pass for training, prefill and decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from qwen_jax import sharding
+from qwen_jax.config import ModelConfig
+from qwen_jax.model.block import Block
+from qwen_jax.model.cache import Cache
+from qwen_jax.model.layers import RMSNorm, Table
+from qwen_jax.ops.attention import Implementation
+from qwen_jax.ops.embedding import embed
+from qwen_jax.ops.mask import Mask
+from qwen_jax.ops.rope import rotation
+
+Params = Mapping[str, Any]
+Remat = Literal["none", "dots", "full"]
+
+_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+class Qwen(nn.Module):
+    """Token ids to the hidden states under the output head.
+
+    Attributes:
+      config: shape and constants.
+      scan: layers are one scanned block over stacked [L, ...] parameters; otherwise one block each.
+      remat: what the backward pass recomputes: nothing, all but matrix products, or whole layers.
+      attention: which implementation.
+    """
+
+    config: ModelConfig
+    scan: bool
+    remat: Remat = "none"
+    attention: Implementation = "auto"
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        c = self.config
+        dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
+        x = embed(tokens, Table((c.vocab_size, c.width), param_dtype, name="embed")(), dtype=dtype)
+        turn = rotation(c.rope, positions, head_dim=c.head_dim, dtype=dtype)
+        mask = _mask(positions, segments, cache)
+        block = Block
+        if self.remat != "none":
+            # Under scan the loop itself keeps the recomputation from being merged with the forward pass.
+            block = nn.remat(Block, prevent_cse=not self.scan, policy=_POLICIES[self.remat])
+        if self.scan:
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0 if c.windows else nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=c.num_layers,
+            )
+            x, _ = layers(c, self.attention, name="layers")(x, _windows(c), None, turn, mask)
+        else:
+            filled = []
+            for i in range(c.num_layers):
+                window = jnp.int32(c.windows[i]) if c.windows and c.windows[i] else None
+                layer = None if cache is None else cache.layers[i]
+                x, layer = block(c, self.attention, name=f"layers_{i}")(x, window, layer, turn, mask)
+                filled.append(layer)
+            cache = None if cache is None else Cache(tuple(filled))
+        x = RMSNorm(c.norm_eps, param_dtype, name="final_norm")(x)
+        if not c.tie_embeddings:
+            Table((c.vocab_size, c.width), param_dtype, name="head")()
+        return x, cache
+
+
+def _mask(positions: Array, segments: Array | None, cache: Cache | None) -> Mask:
+    if cache is None:
+        return Mask(
+            query_positions=positions,
+            key_positions=positions,
+            query_segments=segments,
+            key_segments=segments,
+            aligned=True,
+        )
+    batch, length = positions.shape
+    slots = jnp.broadcast_to(jnp.arange(cache.length, dtype=positions.dtype), (batch, cache.length))
+    # A prompt that fills its cache is a prefill from position 0: slot t is token t.
+    return Mask(query_positions=positions, key_positions=slots, aligned=length == cache.length)
+
+
+def _windows(config: ModelConfig) -> Int[Array, " L"] | None:
+    """Window of each layer, with "all" as a number no distance reaches; None where every layer sees all."""
+    if not config.windows:
+        return None
+    return jnp.array([window or jnp.iinfo(jnp.int32).max for window in config.windows], jnp.int32)
+
+
+def init(config: ModelConfig, key: Array) -> Params:
+    """Fresh parameters, layers stacked, split over the current mesh; the same numbers on any mesh."""
+    tokens = jnp.zeros((sharding.axis_size(sharding.BATCH), sharding.axis_size("context")), jnp.int32)
+    tokens = jax.sharding.reshard(tokens, sharding.activation("bt", tokens.shape))
+    return Qwen(config, scan=True).init(key, tokens, tokens)["params"]
+
+
+def abstract(config: ModelConfig) -> Params:
+    """Shapes, dtypes and shardings of the parameters on the current mesh, layers stacked."""
+    return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    cache: Cache | None = None,
+    remat: Remat = "none",
+    attention: Implementation = "auto",
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """The hidden states of `tokens`, and the cache with them written to it.
+
+    Args:
+      config: shape and constants.
+      params: stacked, or one entry per layer; with a cache, one entry per layer.
+      tokens: ids in [0, vocab_size).
+      positions: of each token within its document; with a cache, consecutive slots per row.
+      segments: number of the document of each token; None where a row is one document.
+      cache: what came before.
+      remat: what the backward pass recomputes.
+      attention: which implementation.
+    """
+    scan = "layers" in params
+    if scan and cache is not None:
+        raise ValueError("decoding takes parameters of one entry per layer: call unstack_layers(params) once before")
+    return Qwen(config, scan, remat, attention).apply({"params": params}, tokens, positions, segments, cache)
+
+
+def head(params: Params) -> Float[Array, "V D"]:
+    """The output head: its own table, or the embedding where they are tied."""
+    return params["head" if "head" in params else "embed"]["w"]
+
+
+def logits(params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """The float32 logits of hidden states. For a few positions: a loss takes `ops.loss` instead."""
+    table = sharding.gather(head(params).astype(hidden.dtype), "vd")
+    split = sharding.activation("btv", (*hidden.shape[:2], table.shape[0]))
+    return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32, out_sharding=split)

@@ -1,0 +1,33 @@
+"""Token ids to vectors."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from qwen_jax import sharding
+
+
+def embed(
+    tokens: Int[Array, "B T"], table: Float[Array, "V D"], *, dtype: jnp.dtype
+) -> Float[Array, "B T D"]:
+    """The rows of `table` for `tokens`, in `dtype`. Ids outside the table give NaN: nothing is clamped in silence.
+
+    The table is split over vocabulary and width. Each device looks up the ids it holds and the rest arrive by a
+    sum over `tensor`; a gather left to the partitioner makes it rebuild the whole activation on every device.
+    """
+    table = sharding.gather(table.astype(dtype), "vd")
+    ids = sharding.activation("bt", tokens.shape)
+
+    def look_up(tokens, rows):
+        local = tokens - jax.lax.axis_index("tensor") * rows.shape[0]
+        held = (local >= 0) & (local < rows.shape[0])
+        vectors = rows.at[jnp.where(held, local, 0)].get(mode="promise_in_bounds")
+        return jax.lax.psum(jnp.where(held[..., None], vectors, 0), "tensor")
+
+    spec = sharding.gathered("vd", table.shape)
+    vectors = jax.shard_map(look_up, in_specs=(ids, spec), out_specs=P(*ids, None))(tokens, table)
+    known = (tokens >= 0) & (tokens < table.shape[0])
+    return jnp.where(known[..., None], vectors, jnp.nan)

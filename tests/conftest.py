@@ -1,0 +1,44 @@
+"""The test bench: eight virtual CPU devices, strict dtypes, warnings as errors (pyproject.toml)."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports jax: the number of devices is read once.
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+from qwen_jax import sharding
+from qwen_jax.config import ModelConfig, Rope
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """A small Qwen with every field at a value no default would give."""
+    fields = dict(
+        vocab_size=96,
+        width=32,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=10,
+        mlp_width=40,
+        max_position=64,
+        norm_eps=3e-5,
+        qkv_bias=True,
+        qk_norm=False,
+        tie_embeddings=True,
+        rope=Rope(theta=12345.0),
+    )
+    return ModelConfig(**(fields | changes))
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of one device, current during the test."""
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])) as mesh:
+        yield mesh

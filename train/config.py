@@ -1,0 +1,231 @@
+"""What a training run is: the schema of the .gin files of `python -m train`.
+
+Every section checks itself; `TrainConfig` checks what the sections have to do with each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+from qwen_jax import zoo
+from qwen_jax.config import DType, ModelConfig
+from qwen_jax.errors import ConfigError
+from train.data.config import Data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zoo:
+    """A published model by name: its shape, not its weights.
+
+    Attributes:
+      name: as published, e.g. "Qwen2.5-0.5B".
+      dtype: type of activations and of matmul inputs. Parameters are trained in float32.
+    """
+
+    name: str
+    dtype: DType = "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LM:
+    """Next-token prediction on documents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """AdamW; the defaults are those of the Qwen report (arXiv 2309.16609).
+
+    Attributes:
+      peak_lr: the highest learning rate of the schedule.
+      b1, b2: decay rates of the two moments.
+      eps: added to the square root of the second moment.
+      weight_decay: fraction of each weight taken off per step, times the learning rate. Applied to matrices and
+        embeddings; not to biases and norm scales.
+      clip_norm: longest gradient, over all parameters, that is used as it is; longer ones are scaled down to it.
+    """
+
+    peak_lr: float
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        for name in ("peak_lr", "eps", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        if not self.weight_decay >= 0:
+            raise ConfigError(f"weight_decay={self.weight_decay} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """Linear warm-up, then half a cosine from the peak down to `final_fraction` of it at the last step."""
+
+    warmup_steps: int
+    final_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ConfigError(f"warmup_steps={self.warmup_steps} must not be negative")
+        if not 0 <= self.final_fraction <= 1:
+            raise ConfigError(f"final_fraction={self.final_fraction} must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """How many ways each mesh axis splits the run; the product is the number of devices (see docs/sharding.md).
+
+    data, fsdp and expert split the rows of a batch, context its columns, tensor the heads and the vocabulary; fsdp
+    also splits every weight.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    context: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "data", "fsdp", "context", "expert", "tensor")
+
+    @property
+    def row_shards(self) -> int:
+        """How many ways the rows of a batch are split."""
+        return self.data * self.fsdp * self.expert
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    """A checkpoint every `every` steps and at the end, of which the latest `keep` stay."""
+
+    every: int
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "every", "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out loss every `every` steps and at the end, over `batches` micro-batches; 0 means all there are."""
+
+    every: int
+    batches: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "every")
+        _at_least(0, self, "batches")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+      run_dir: the directory that everything is written to.
+      seed: of the initial weights and of the order of the data.
+      model: a shape written out, or a published one by name.
+      data: where tokens come from.
+      objective: what is minimised.
+      batch_size: rows of each optimiser step, over all devices and micro-batches.
+      accumulation: micro-batches of one step; more of them need less memory for the same step.
+      steps: optimiser steps in all.
+      optimizer: and its constants.
+      schedule: learning rate over the steps.
+      mesh: how the run is split over devices.
+      remat: what the backward pass recomputes to save memory: nothing, all but matrix products ("dots"), whole layers.
+      attention: which implementation.
+      layers: one compiled layer in a loop ("scan"), or each on its own ("unroll", faster on CPU); "auto" picks.
+      checkpoint: when the state is saved.
+      evaluation: when the held-out loss is measured.
+      log_every: steps between rows of metrics.jsonl.
+    """
+
+    run_dir: str
+    seed: int = 0
+    model: ModelConfig | Zoo
+    data: Data
+    objective: LM = LM()
+    batch_size: int
+    accumulation: int = 1
+    steps: int
+    optimizer: AdamW
+    schedule: Cosine
+    mesh: Mesh = Mesh()
+    remat: Literal["none", "dots", "full"] = "none"
+    attention: Literal["auto", "xla", "reference"] = "auto"
+    layers: Literal["auto", "scan", "unroll"] = "auto"
+    checkpoint: Checkpointing
+    evaluation: Evaluation
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "batch_size", "accumulation", "steps", "log_every")
+        _at_least(0, self, "seed")
+        if not self.run_dir:
+            raise ConfigError("run_dir is empty; name the directory that the run is written to")
+        if self.schedule.warmup_steps >= self.steps:
+            raise ConfigError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} must be below steps={self.steps}, or the peak "
+                f"learning rate is never reached"
+            )
+        self._check_batch()
+        self._check_model()
+
+    def _check_batch(self) -> None:
+        length, mesh = self.data.sequence_length, self.mesh
+        if self.batch_size % self.accumulation:
+            raise ConfigError(f"batch_size={self.batch_size} must be a multiple of accumulation={self.accumulation}")
+        if self.micro_batch_size % mesh.row_shards:
+            raise ConfigError(
+                f"a micro-batch has {self.micro_batch_size} rows (batch_size={self.batch_size} / accumulation="
+                f"{self.accumulation}), which must be a multiple of mesh.data * mesh.fsdp * mesh.expert = {mesh.row_shards}"
+            )
+        if length % mesh.context:
+            raise ConfigError(f"data.sequence_length={length} must be a multiple of mesh.context={mesh.context}")
+
+    def _check_model(self) -> None:
+        model, mesh, length = self.model_config, self.mesh, self.data.sequence_length
+        if length > model.max_position:
+            raise ConfigError(f"data.sequence_length={length} must not exceed model.max_position={model.max_position}")
+        if model.param_dtype != "float32":
+            raise ConfigError(
+                f"model.param_dtype={model.param_dtype!r} would lose most updates to rounding; train with "
+                f"'float32' and set model.dtype='bfloat16' for bfloat16 matmuls"
+            )
+        for name in ("num_heads", "mlp_width", "vocab_size"):
+            if getattr(model, name) % mesh.tensor:
+                raise ConfigError(f"model.{name}={getattr(model, name)} must be a multiple of mesh.tensor={mesh.tensor}")
+        if model.width % mesh.fsdp:
+            raise ConfigError(f"model.width={model.width} must be a multiple of mesh.fsdp={mesh.fsdp}")
+
+    @functools.cached_property
+    def model_config(self) -> ModelConfig:
+        """The model's shape, published ones looked up."""
+        if isinstance(self.model, ModelConfig):
+            return self.model
+        return dataclasses.replace(zoo.published(self.model.name), dtype=self.model.dtype, param_dtype="float32")
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows that go through the model at once, over all devices."""
+        return self.batch_size // self.accumulation
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimiser step, padding included."""
+        return self.batch_size * self.data.sequence_length
+
+
+def _at_least(least: int, section: object, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) < least:
+            raise ConfigError(f"{name}={getattr(section, name)} must be at least {least}")

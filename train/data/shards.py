@@ -1,0 +1,142 @@
+"""Token shards on disk: written document by document, read by position through memory maps."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from array import array
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from qwen_jax.errors import DataError, FileError
+from train.data.manifest import Manifest, Shard, Split, to_disk
+
+MAX_SHARD_TOKENS = 2**28
+
+
+class ShardWriter:
+    """Writes one split. A document that does not fit starts the next shard, so none lies in two."""
+
+    def __init__(self, folder: Path, split: str, *, dtype: str, end_of_text: int) -> None:
+        self._folder, self._split = folder, split
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._end_of_text = end_of_text
+        self._shards: list[Shard] = []
+        self._open: _OpenShard | None = None
+        self._characters = self._bytes = 0
+
+    def add(self, ids: list[int], text: str) -> None:
+        """Appends one document: `ids`, the tokens of `text`, and end_of_text."""
+        tokens = np.array([*ids, self._end_of_text], self._dtype)
+        if self._open and self._open.tokens + len(tokens) > MAX_SHARD_TOKENS:
+            self._shards.append(self._open.close())
+            self._open = None
+        if self._open is None:
+            self._open = _OpenShard(self._folder, f"{self._split}-{len(self._shards):05}.bin")
+        self._open.add(tokens)
+        self._characters += len(text)
+        self._bytes += len(text.encode())
+
+    def close(self) -> Split:
+        """The finished split; all of it is on disk."""
+        if self._open:
+            self._shards.append(self._open.close())
+            self._open = None
+        return Split(shards=tuple(self._shards), characters=self._characters, bytes=self._bytes)
+
+
+class _OpenShard:
+    """A shard that still grows."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder, name
+        self._file = open(folder / name, "wb")
+        self._sha256 = hashlib.sha256()
+        self._ends = array("q")
+        self.tokens = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        raw = tokens.tobytes()
+        self._file.write(raw)
+        self._sha256.update(raw)
+        self.tokens += len(tokens)
+        self._ends.append(self.tokens)
+
+    def close(self) -> Shard:
+        with self._file:
+            to_disk(self._file)
+            size = self._file.tell()
+        ends = np.array(self._ends, "<i8").tobytes()
+        shard = Shard(
+            name=self._name,
+            tokens=self.tokens,
+            documents=len(self._ends),
+            bytes=size,
+            sha256=self._sha256.hexdigest(),
+            documents_sha256=hashlib.sha256(ends).hexdigest(),
+        )
+        with open(self._folder / shard.documents_name, "wb") as file:
+            file.write(ends)
+            to_disk(file)
+        return shard
+
+
+class TokenShards:
+    """The tokens of one split, read by position over all shards, as if they were one array.
+
+    Attributes:
+      path: the folder and split, for messages.
+      num_documents: documents in the split.
+      vocab_size: every id is below it.
+      end_of_text: the id that ends each document.
+      num_characters, num_bytes: of the text the tokens stand for, end_of_text not counted.
+    """
+
+    def __init__(self, folder: Path, split: str, manifest: Manifest) -> None:
+        """The split of a folder whose `manifest` was read, and verified where that matters."""
+        record = manifest.splits[split]
+        self.path = folder / split
+        self.num_documents = record.documents
+        self.vocab_size, self.end_of_text = manifest.vocab_size, manifest.end_of_text
+        self.num_characters, self.num_bytes = record.characters, record.bytes
+        self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self._tokens = [_map(folder / shard.name, self.dtype, shard.tokens) for shard in record.shards]
+        self._ends = [_map(folder / s.documents_name, np.dtype("<i8"), s.documents) for s in record.shards]
+        self._first_token = list(accumulate((len(tokens) for tokens in self._tokens), initial=0))
+        self._first_document = list(accumulate((len(ends) for ends in self._ends), initial=0))
+
+    def __len__(self) -> int:
+        """Tokens in the split."""
+        return self._first_token[-1]
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop-1 of the split, [stop - start], in the type they have on disk."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens {start}..{stop} of {self.path}, which has {len(self)}")
+        shard = bisect.bisect_right(self._first_token, start) - 1
+        parts = []
+        while start < stop:
+            first = self._first_token[shard]
+            parts.append(self._tokens[shard][start - first : stop - first])
+            start, shard = first + len(self._tokens[shard]), shard + 1
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+
+    def document(self, index: int) -> tuple[int, int]:
+        """Positions (start, stop) of one document in the split; stop - 1 is its end_of_text."""
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"document {index} of {self.path}, which has {self.num_documents}")
+        shard = bisect.bisect_right(self._first_document, index) - 1
+        first, local = self._first_token[shard], index - self._first_document[shard]
+        start = int(self._ends[shard][local - 1]) if local else 0
+        return first + start, first + int(self._ends[shard][local])
+
+
+def _map(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
+    try:
+        return np.memmap(path, dtype, mode="r", shape=(length,))
+    except ValueError as error:  # the file is shorter than its manifest says
+        raise DataError(f"{path} has not the {length} numbers its manifest gives it; delete {path.parent}") from error
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}") from error

@@ -1,0 +1,256 @@
+"""Documents of a source, in an order that depends on the file names alone.
+
+Nothing is dropped in silence: what cannot be read is an error that names file and line, or, as far as
+`max_bad_fraction` allows, skipped and counted in a `Tally`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import dataclasses
+import fnmatch
+import gzip
+import hashlib
+import json
+import os
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePath
+from typing import IO
+
+from qwen_jax.errors import ConfigError, DataError, FileError
+from train.data.config import PythonStdlib, Text
+
+MAX_DOCUMENT_BYTES = 100_000_000
+# Text rarely shrinks more than 20-fold; a gzip bomb is 1000-fold.
+MAX_GZIP_RATIO = 100
+LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+# Installed packages are not the standard library, and lib2to3's test data holds files broken on purpose.
+NOT_STDLIB = ("site-packages", "dist-packages", "__pycache__", "lib2to3")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """A file as it was when the source was listed; `name` is its path below the source, with slashes."""
+
+    path: Path
+    name: str
+    size: int
+    mtime_ns: int
+
+
+@dataclasses.dataclass
+class Tally:
+    """What became of the documents read so far. `max_bad_fraction` is the part that may be unreadable."""
+
+    max_bad_fraction: float
+    documents: int = 0
+    empty: int = 0
+    bad: int = 0
+    first_bad: str = ""
+
+    def reject(self, fault: str) -> None:
+        """Counts an unreadable document; a DataError where none may be."""
+        if not self.max_bad_fraction:
+            raise DataError(f"{fault}; mend or remove it, or set data.max_bad_fraction to skip some")
+        self.bad += 1
+        self.first_bad = self.first_bad or fault
+
+    def check(self) -> None:
+        """A DataError if too many of the documents were unreadable."""
+        total = self.documents + self.bad
+        if self.bad > self.max_bad_fraction * total:
+            raise DataError(
+                f"{self.bad} of {total} documents are unreadable, data.max_bad_fraction={self.max_bad_fraction} allows "
+                f"{int(self.max_bad_fraction * total)}; the first: {self.first_bad}"
+            )
+
+    def __str__(self) -> str:
+        skipped = [f"{self.empty} empty"] * bool(self.empty)
+        skipped += [f"{self.bad} unreadable (the first: {self.first_bad})"] * bool(self.bad)
+        return f"{self.documents} documents" + (f"; skipped {', '.join(skipped)}" if skipped else "")
+
+
+def new_tally(source: Text | PythonStdlib, max_bad_fraction: float) -> Tally:
+    """A tally for `source`. The standard library has test files that are not UTF-8 on purpose: all may be skipped."""
+    return Tally(1.0 if isinstance(source, PythonStdlib) else max_bad_fraction)
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def find_files(source: Text | PythonStdlib, report: Callable[[str], None]) -> list[SourceFile]:
+    """The files of `source` sorted by name. None is a FileError; hidden files and devices are skipped and reported."""
+    root, pattern, excluded = _where(source)
+    skipped: list[str] = []
+    with _readable(root):
+        if root.is_file():
+            found = [_describe(root, root.name)]
+        elif root.is_dir():
+            found = list(_walk(root, pattern, excluded, skipped))
+        else:
+            given = f'data.source.path="{source.path}"' if isinstance(source, Text) else str(root)
+            raise FileError(f"{given} is no file, no directory and no glob that matches one")
+    if skipped:
+        report(f"source: skipped {len(skipped)} entries: {', '.join(skipped[:3])}{', …' if len(skipped) > 3 else ''}")
+    if not found:
+        raise FileError(f"no file in {root} matches {'/'.join(pattern)}; check data.source")
+    return sorted(found, key=lambda file: file.name)
+
+
+def _where(source: Text | PythonStdlib) -> tuple[Path, Sequence[str], Sequence[str]]:
+    """Root, pattern below it in parts, and names left out. A glob is split where its first wildcard begins."""
+    if isinstance(source, PythonStdlib):
+        return Path(sysconfig.get_paths()["stdlib"]), ("**", "*.py"), NOT_STDLIB
+    path = Path(source.path).expanduser()
+    wild = next((i for i, part in enumerate(path.parts) if set(part) & set("*?[")), None)
+    if path.exists() or wild is None:
+        if source.pattern and path.is_file():
+            raise ConfigError(f'data.source.pattern="{source.pattern}" limits a directory, and {path} is a file')
+        return path, PurePath(source.pattern).parts or ("**",), ()
+    if source.pattern:
+        raise ConfigError(f'data.source.path="{source.path}" is a glob already; leave data.source.pattern empty')
+    return Path(*path.parts[:wild]), path.parts[wild:], ()
+
+
+def _walk(root: Path, pattern: Sequence[str], excluded: Sequence[str], skipped: list[str]) -> Iterator[SourceFile]:
+    """Regular files below `root` that match. Links are followed, each real directory is entered once."""
+    entered: set[tuple[int, int]] = set()
+
+    def walk(folder: Path, parents: tuple[str, ...]) -> Iterator[SourceFile]:
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in entered:
+            skipped.append(f"{folder} (a link to a directory already read)")
+            return
+        entered.add((status.st_dev, status.st_ino))
+        for entry in sorted(folder.iterdir()):
+            parts = (*parents, entry.name)
+            if entry.name in excluded:
+                continue
+            if entry.name.startswith("."):
+                skipped.append(f"{entry} (hidden)")
+            elif entry.is_dir():
+                if "**" in pattern or len(parts) < len(pattern):
+                    yield from walk(entry, parts)
+            elif _matches(parts, pattern):
+                if entry.is_file():
+                    yield _describe(entry, "/".join(parts))
+                else:
+                    skipped.append(f"{entry} (not a regular file)")
+
+    yield from walk(root, ())
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a relative path matches a glob, both split at slashes; ** stands for any number of parts."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[start:], pattern[1:]) for start in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _describe(path: Path, name: str) -> SourceFile:
+    status = path.stat()
+    return SourceFile(path, name, status.st_size, status.st_mtime_ns)
+
+
+def fingerprint(files: Sequence[SourceFile], *, content: bool) -> str:
+    """sha256 of the names and sizes of `files`, and of their bytes where `content`."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.size} ".encode() + os.fsencode(file.name) + b"\0")
+        if content:
+            with _readable(file.path), open(file.path, "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def check_unchanged(files: Sequence[SourceFile]) -> None:
+    """A DataError if a file was written since it was listed: its tokens may be half old, half new."""
+    for file in files:
+        with _readable(file.path):
+            if _describe(file.path, file.name) != file:
+                raise DataError(f"{file.path} changed while it was read; start again when it is finished")
+
+
+# ------------------------------------------------------------------------------------------------ documents
+
+
+def documents(files: Sequence[SourceFile], *, field: str, tally: Tally) -> Iterator[tuple[str, str]]:
+    """(origin, text) of every document of `files`; origin is the path, with `:line` in JSON lines.
+
+    A byte order mark is dropped, CRLF kept. `tally` counts what was skipped; too much of it is a DataError once
+    all is read. Whatever the tally allows, a broken gzip file and a document over 100 MB are DataErrors.
+    """
+    for file in files:
+        lines = file.name.lower().endswith(LINES)
+        for origin, raw in _records(file, lines=lines):
+            try:
+                # A blank line is an empty document, not broken JSON.
+                text = _json_text(raw, field) if lines and raw.strip() else _plain_text(raw)
+            except ValueError as error:  # what JSON, UTF-8 and the functions below raise
+                tally.reject(f"{origin}: {error}")
+                continue
+            if not text.strip():
+                tally.empty += 1
+                continue
+            tally.documents += 1
+            yield origin, text
+    tally.check()
+
+
+def _records(file: SourceFile, *, lines: bool) -> Iterator[tuple[str, bytes]]:
+    """The lines of a file, or the whole of it, as (origin, bytes)."""
+    zipped = file.name.lower().endswith(".gz")
+    number = total = 0
+    with _readable(file.path), gzip.open(file.path) if zipped else open(file.path, "rb") as stream:
+        while raw := _read(stream, line=lines):
+            number, total = number + 1, total + len(raw)
+            origin = f"{file.path}:{number}" if lines else str(file.path)
+            if len(raw) > MAX_DOCUMENT_BYTES:
+                raise DataError(f"{origin} is a document of over {MAX_DOCUMENT_BYTES:,} bytes; split it")
+            if zipped and total > MAX_DOCUMENT_BYTES + MAX_GZIP_RATIO * file.size:
+                raise DataError(f"{file.path} unpacks to over {MAX_GZIP_RATIO} times its size; unpack it if that is right")
+            yield origin, raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+        if not number and not lines:
+            yield str(file.path), b""
+
+
+def _read(stream: IO[bytes], *, line: bool) -> bytes:
+    # One byte over the limit is enough to know, and bounds the memory.
+    return stream.readline(MAX_DOCUMENT_BYTES + 1) if line else stream.read(MAX_DOCUMENT_BYTES + 1)
+
+
+def _plain_text(raw: bytes) -> str:
+    text = raw.decode("utf-8")
+    if "\0" in text:
+        raise ValueError("has a NUL character, so it is no text")
+    return text
+
+
+def _json_text(raw: bytes, field: str) -> str:
+    try:
+        record = json.loads(raw.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"wanted a JSON object on one line, got a {type(record).__name__}")
+    if field not in record:
+        raise ValueError(f'no field "{field}" among {sorted(record)[:5]}')
+    if not isinstance(record[field], str):
+        raise ValueError(f'field "{field}" holds a {type(record[field]).__name__}, wanted a text')
+    return _plain_text(record[field].encode("utf-8"))  # encoding finds lone surrogates
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what the system and gzip raise about `path` into errors that name it."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is a broken gzip file: {error}; fetch or make it again") from error
+    except OSError as error:
+        raise FileError(f"cannot read {error.filename or path}: {error.strerror}") from error

@@ -1,0 +1,26 @@
+"""What a run minimises. The training step and the loop do not know which objective runs.
+
+An objective is a pure function of parameters and one micro-batch that returns two sums, never means, so that
+micro-batches of any size add up: the loss, and a dict of float32 scalars whose `weight` is what the loss is divided by.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+
+from qwen_jax.model import Params
+from train.config import LM, TrainConfig
+from train.objectives import lm
+
+Batch = Mapping[str, jax.Array]
+Objective = Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def make(config: TrainConfig) -> Objective:
+    """The objective that the config chose."""
+    match config.objective:
+        case LM():
+            return functools.partial(lm.loss, config.model_config, remat=config.remat, attention=config.attention)

@@ -1,0 +1,30 @@
+"""AdamW with clipping, the optimiser of the Qwen reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from train.config import AdamW
+
+
+def adamw(config: AdamW) -> optax.GradientTransformation:
+    """The direction of one step: clipped gradient, Adam, plus decayed weights; the caller scales it by -learning rate.
+
+    The gradient is clipped as a whole, by the norm over all parameters. Both moments have the dtype of the parameters.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+    )
+
+
+def decays(params: Any) -> Any:
+    """Which parameters decay: tables and matrices (named `w`), not biases or norm scales.
+
+    By name and not by rank: a bias of attention heads is [N, H], and any parameter of a stack has one more axis.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1] == jax.tree_util.DictKey("w"), params)

@@ -1,0 +1,111 @@
+"""One optimiser step, and the state it carries.
+
+The state in memory has its layers stacked or one by one, whatever trains faster; on disk they are stacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qwen_jax import model
+from qwen_jax.config import ModelConfig
+from qwen_jax.weights.checkpoint import Checkpoint
+from train.objectives import Batch, Objective
+
+Metrics = dict[str, jax.Array]
+
+
+class State(NamedTuple):
+    """All that training carries from step to step.
+
+    Attributes:
+      step: int32 scalar, optimiser steps done. The learning rate and the order of the data depend on nothing else.
+      params: the parameters.
+      optimizer: moments of the gradient, shaped and split like the parameters.
+    """
+
+    step: jax.Array
+    params: model.Params
+    optimizer: optax.OptState
+
+
+def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, *, seed: int, unroll: bool) -> State:
+    """The state before the first step, under the current mesh."""
+
+    def make() -> State:
+        params = model.init(config, jax.random.key(seed))
+        params = model.unstack_layers(params) if unroll else params
+        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return jax.jit(make)()
+
+
+def restored_state(
+    checkpoint: Checkpoint, config: ModelConfig, optimizer: optax.GradientTransformation, *, unroll: bool
+) -> State:
+    """The state that a checkpoint holds, split over the current mesh, which need not be the one it was saved on."""
+    like = model.abstract(config)
+    params = checkpoint.load("params", like)
+    moments = checkpoint.load("optimizer", jax.eval_shape(optimizer.init, like))
+    state = State(jnp.asarray(checkpoint.step, jnp.int32), params, moments)
+    return jax.jit(model.unstack_layers, donate_argnums=0)(state) if unroll else state
+
+
+def stacked(state: State) -> State:
+    """The state as checkpoints store it."""
+    return jax.jit(model.stack_layers)(state)
+
+
+def make_train_step(
+    objective: Objective, optimizer: optax.GradientTransformation, learning_rate: Callable[[jax.Array], jax.Array]
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The compiled step: (state, batch) to the next state and float32 scalars. The given state is used up.
+
+    Every array of the batch is [accumulation, rows, ...]. The loss is the sum over all micro-batches divided by the
+    sum of their weights, and so is its gradient: the number of micro-batches changes memory, not the step.
+
+    The scalars are `loss` (nats per token), `grad_norm` (before clipping), `learning_rate` and `weight` (tokens that
+    count); all of the loss at the parameters before the step.
+    """
+
+    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        (total, sums), gradient = _accumulate(jax.value_and_grad(objective, has_aux=True), state.params, batch)
+        weight = jnp.maximum(sums["weight"], 1)  # a batch without a single target has loss 0, not 0 / 0
+        gradient = jax.tree.map(lambda g: g / weight, gradient)
+        direction, moments = optimizer.update(gradient, state.optimizer, state.params)
+        rate = learning_rate(state.step)
+        params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
+        metrics = {
+            "loss": total / weight,
+            "grad_norm": optax.global_norm(gradient),
+            "learning_rate": rate,
+            "weight": sums["weight"],
+        }
+        return State(state.step + 1, params, moments), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(objective: Objective) -> Callable[[model.Params, Batch], tuple[jax.Array, jax.Array]]:
+    """The compiled evaluation of one micro-batch [rows, ...]: sum of the loss, and sum of the weights."""
+
+    def eval_step(params: model.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        total, sums = objective(params, batch)
+        return total, sums["weight"]
+
+    return jax.jit(eval_step)
+
+
+def _accumulate(of_one: Callable[[model.Params, Batch], Any], params: model.Params, batch: Batch) -> Any:
+    """The sum of `of_one(params, micro_batch)` over the first axis of the batch, one micro-batch in memory at a time."""
+    first = jax.tree.map(lambda x: x[0], batch)
+    if jax.tree.leaves(batch)[0].shape[0] == 1:
+        return of_one(params, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), jax.eval_shape(of_one, params, first))
+    add = lambda sums, micro: (jax.tree.map(jnp.add, sums, of_one(params, micro)), None)
+    return jax.lax.scan(add, zeros, batch)[0]
