@@ -1,0 +1,1 @@
+"""The application `python -m infer`: what a trained model is run for."""

@@ -23,16 +23,14 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from qwen_jax.errors import ConfigError, FileError
 
 T = TypeVar("T")
-
 MAX_BYTES = 1_000_000  # of one file; a real config has a few thousand
-COMMENT_COLUMN = 60  # a longer line does not push the comments of all others out
 
 _MISSING = dataclasses.MISSING
 _UNIONS = (types.UnionType, typing.Union)
@@ -66,7 +64,7 @@ def parse_set(assignments: Sequence[str]) -> list[Binding]:
     """The bindings of `--set path=value` options, each in the grammar of a config line; the last of a path wins."""
     bindings = {}
     for assignment in assignments:
-        where = f"--set {_short(' '.join(assignment.split()))}"
+        where = f"--set {' '.join(assignment.split()):.80}"
         match = _BINDING.fullmatch(assignment.strip())
         if not match:
             raise ConfigError(f"{where}: expected path=value, as in --set optim.peak_lr=3e-4")
@@ -86,8 +84,8 @@ def _read(file: Path, includers: tuple[Path, ...], where: str) -> list[Binding]:
     try:
         statements = list(_statements(file))
     except OSError as error:
-        kind, place = (ConfigError, f"{where}: ") if where else (FileError, "")
-        raise kind(f"{place}cannot read config {str(file)!r}: {error.strerror}; give the path of a .gin file") from error
+        what = f"cannot read {str(file)!r}: {error.strerror}; give the path of a .gin file"
+        raise (ConfigError(f"{where}: {what}") if where else FileError(what)) from error
     included: list[Binding] = []
     own: dict[str, Binding] = {}
     for number, statement in statements:
@@ -101,7 +99,7 @@ def _read(file: Path, includers: tuple[Path, ...], where: str) -> list[Binding]:
                 raise ConfigError(f"{where}: {first.path} is already bound at {first.where}; keep one of the two")
             own[match["path"]] = Binding(match["path"], match["text"], where)
         else:
-            raise ConfigError(f'{where}: expected `path = value` or `include "file.gin"`, got {_short(statement)!r}')
+            raise ConfigError(f'{where}: expected `path = value` or `include "file.gin"`, got {statement!r:.80}')
     return included + sorted(own.values(), key=_depth)
 
 
@@ -143,32 +141,32 @@ def resolve(schema: type[T], bindings: Iterable[Binding]) -> tuple[T, dict[str, 
     macros = {b.path: b for b in bindings if b.path.isupper() and "." not in b.path}
     used = {b.text[1:] for b in bindings if b.text.startswith("%")}
     for name, macro in macros.items():
-        _literal(macro)
+        _value(macro, Any)
         if name not in used:
             raise ConfigError(f"{macro.where}: nothing uses the macro %{name}{_nearest(name, used)}")
-    located = [(b.path.split("."), _expand(b, macros)) for b in bindings if b.path not in macros]
+    located: _Located = []
+    for b in bindings:
+        if b.text.startswith("%"):
+            if b.text[1:] not in macros:
+                raise ConfigError(f"{b.where}: no macro {b.text:.80}{_nearest(b.text[1:], macros)}")
+            macro = macros[b.text[1:]]
+            b = Binding(b.path, macro.text, f"{b.where}: {b.text} of {macro.where}")
+        if b.path not in macros:
+            located.append((b.path.split("."), b))
     where = next((b.where for b in reversed(bindings) if not b.where.startswith("--set ")), "config")
     provenance: dict[str, str] = {}
     return _section(schema, None, located, "", where, provenance), provenance
-
-
-def _expand(b: Binding, macros: Mapping[str, Binding]) -> Binding:
-    if not b.text.startswith("%"):
-        return b
-    if b.text[1:] not in macros:
-        raise ConfigError(f"{b.where}: no macro {_short(b.text)}{_nearest(b.text[1:], macros)}")
-    macro = macros[b.text[1:]]
-    return Binding(b.path, macro.text, f"{b.where}: {b.text} of {macro.where}")
 
 
 def _section(schema: type, default: Any, located: _Located, path: str, where: str, provenance: dict[str, str]) -> Any:
     """An instance of `schema`; what is not bound is as in `default`, where that is one too."""
     title = f"{path} ({schema.__name__})" if path else schema.__name__
     fields = _fields(schema, default)
-    lines = {name: b.where for (name, *_), b in located}
-    for (name, *_), b in located:
+    lines: dict[str, str] = {}
+    for (name, *rest), b in located:
         if name not in fields:
-            raise ConfigError(f"{b.where}: {title} has no field {_short(name)}{_nearest(name, fields)}")
+            raise ConfigError(f"{b.where}: {title} has no field {name:.80}{_nearest(name, fields)}")
+        lines[".".join([name, *rest])] = b.where
     values, missing = {}, []
     for name, (hint, value) in fields.items():
         below = [(rest, b) for (first, *rest), b in located if first == name]
@@ -181,55 +179,53 @@ def _section(schema: type, default: Any, located: _Located, path: str, where: st
     try:
         return schema(**values)
     except ValueError as error:  # __post_init__ speaks of fields: name the line that bound the first of them
-        line = next((lines[word] for word in re.findall(r"\w+", str(error)) if word in lines), where)
-        raise ConfigError(f"{line}: {title}: {error}") from error
+        named = [lines[word] for word in re.findall(r"\w+(?:\.\w+)*", str(error)) if word in lines]
+        raise ConfigError(f"{[*named, *lines.values(), where][0]}: {title}: {error}") from error
 
 
 def _field(hint: Any, value: Any, located: _Located, path: str, where: str, provenance: dict[str, str]) -> Any:
     """The value of one field, MISSING if it has none. `value` is its default, `where` its section's place."""
-    classes = {f"@{c.__name__}": c for c in _members(hint) if dataclasses.is_dataclass(c)}
-    default, chosen = value, False
-    below: _Located = []
-    schema = type(default) if type(default) in classes.values() else None  # the section's class, if it is one
-    if len(classes) == 1:
-        (schema,) = classes.values()
+    classes = {f"@{c.__name__}": c for c in _members(hint) if isinstance(c, type) and dataclasses.is_dataclass(c)}
+    default, chosen, below = value, False, []
+    lone = list(classes.values())[0] if len(classes) == 1 else None
+    schema = type(default) if type(default) in classes.values() else lone  # None while it is a plain value
     for rest, b in located:
+        if rest and schema is None:
+            choices = "first write " + " or ".join(f"`{path} = {name}`" for name in classes)
+            raise ConfigError(f"{b.where}: {choices if classes else f'{path} is {_spell(hint)}, not a section'}")
         if rest:
-            if schema is None:
-                choices = " or ".join(f"`{path} = {name}`" for name in classes)
-                raise ConfigError(f"{b.where}: " + (f"first write {choices}" if classes else f"{path} is no section"))
             below.append((rest, b))
+            if type(default) is not schema:
+                provenance.setdefault(path, b.where)
             continue
         if b.text in classes:
             if classes[b.text] is not schema:
                 schema, below = classes[b.text], []
             chosen = True
         elif b.text.startswith("@"):
-            raise ConfigError(f"{b.where}: {path} cannot be {_short(b.text)}{_nearest(b.text, classes)}")
+            nearest = _nearest(b.text, classes) or f"; it is {_spell(hint)}"
+            raise ConfigError(f"{b.where}: {path} cannot be {b.text:.80}{nearest}")
         else:
-            value, schema, chosen, below = _typed(b, hint), None, False, []
+            value, schema, chosen, below = _value(b, hint), None, False, []
         provenance[path] = b.where
     if schema is None or not (chosen or below or schema in (hint, type(default))):
         return value
-    return _section(schema, default, below, path, located[0][1].where if located else where, provenance)
+    return _section(schema, default, below, path, provenance.get(path, where), provenance)
 
 
-def _typed(b: Binding, hint: Any) -> Any:
-    value = _literal(b)
-    try:
-        return _convert(value, hint)
-    except ValueError:
-        raise ConfigError(f"{b.where}: {b.path} must be {_spell(hint)}, got {_short(repr(value))}") from None
-
-
-def _literal(b: Binding) -> Any:
+def _value(b: Binding, hint: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Python only warns of an invalid escape such as "\d"
         try:
-            return ast.literal_eval(b.text)
+            value = ast.literal_eval(b.text)
+            shown = repr(value)  # fails for an integer of more digits than Python will print
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            kinds = 'a number, a "quoted string", True, False, None, or these in (), [] or {}'
-            raise ConfigError(f"{b.where}: {b.path} = {_short(b.text)} is not a literal: {kinds}") from None
+            kinds = """a number, "text" ('"text"' in a shell), True, False, None, or these in (), [] or {}"""
+            raise ConfigError(f"{b.where}: {b.path} = {b.text:.80} is not a literal: {kinds}") from None
+    try:
+        return _convert(value, hint)
+    except ValueError:
+        raise ConfigError(f"{b.where}: {b.path} must be {_spell(hint)}, got {shown:.80}") from None
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -249,7 +245,7 @@ def _convert(value: Any, hint: Any) -> Any:
         return {_convert(k, args[0]): _convert(v, args[1]) for k, v in value.items()}
     elif hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # 1e400 is infinity
         return float(value)
-    elif hint in (bool, int, str, types.NoneType) and type(value) is hint:
+    elif hint is Any or (hint in (bool, int, str, types.NoneType) and type(value) is hint):
         return value
     raise ValueError
 
@@ -257,10 +253,10 @@ def _convert(value: Any, hint: Any) -> Any:
 def _fields(schema: type, instance: Any) -> dict[str, tuple[Any, Any]]:
     """Declared type and default of each field; the default is MISSING or, if it is of the schema, from `instance`."""
     hints, fields = typing.get_type_hints(schema), dataclasses.fields(schema)
+    values = {f.name: f.default if f.default_factory is _MISSING else f.default_factory() for f in fields}
     if type(instance) is schema:
-        return {f.name: (hints[f.name], getattr(instance, f.name)) for f in fields}
-    default = {f.name: f.default if f.default_factory is _MISSING else f.default_factory() for f in fields}
-    return {name: (hints[name], default[name]) for name in default}
+        values = {name: getattr(instance, name) for name in values}
+    return {name: (hints[name], value) for name, value in values.items()}
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -271,26 +267,20 @@ def _spell(hint: Any) -> str:
     """A declared type in the words of an error message."""
     if typing.get_origin(hint) in (*_UNIONS, Literal):
         return " or ".join(repr(arg) if isinstance(arg, str) else _spell(arg) for arg in typing.get_args(hint))
-    if hint is types.NoneType or not isinstance(hint, type):
-        return "None" if hint is types.NoneType else str(hint).replace("typing.", "")
-    return f"@{hint.__name__}" if dataclasses.is_dataclass(hint) else hint.__name__
+    name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    return f"@{name}" if dataclasses.is_dataclass(hint) else name.replace("NoneType", "None")
 
 
-def _nearest(name: str, options: Iterable[str]) -> str:
-    options = list(options)
+def _nearest(name: str, options: Collection[str]) -> str:
     close = difflib.get_close_matches(name, options, n=1)
     return f"; did you mean {close[0]}?" if close else f"; there is {', '.join(options)}" if options else ""
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def render(config: Any, provenance: Mapping[str, str] | None = None) -> str:
     """The whole config as text that `resolve` reads back to an equal one; `provenance` becomes aligned comments."""
     rows = list(_rows(config, ""))
     if provenance is not None:
-        width = max((len(text) for text, _ in rows if len(text) <= COMMENT_COLUMN), default=0)
+        width = max((len(text) for text, _ in rows if len(text) <= 60), default=0)  # a longer line sticks out
         origins = {path: " ".join(provenance.get(path, "default").split()) for _, path in rows}
         rows = [(f"{text:<{width}}  # {origins[path]}" if text else "", path) for text, path in rows]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(text for text, _ in rows)).strip() + "\n"
@@ -298,13 +288,12 @@ def render(config: Any, provenance: Mapping[str, str] | None = None) -> str:
 
 def _rows(config: Any, prefix: str) -> Iterator[tuple[str, str]]:
     """(line, path) of each line: the plain fields, then a paragraph for each section."""
-    fields = [(f"{prefix}{name}", hint, value) for name, (hint, value) in _fields(type(config), config).items()]
-    for path, _, value in fields:
+    fields = [(prefix + name, *field) for name, field in _fields(type(config), config).items()]
+    for path, hint, value in sorted(fields, key=lambda field: dataclasses.is_dataclass(field[2])):
         if not dataclasses.is_dataclass(value):
             yield f"{path} = {value!r}", path
-    for path, hint, value in fields:
-        if dataclasses.is_dataclass(value):
-            yield "", ""
-            if len(_members(hint)) > 1:
-                yield f"{path} = @{type(value).__name__}", path
-            yield from _rows(value, f"{path}.")
+            continue
+        yield "", ""
+        if len(_members(hint)) > 1:
+            yield f"{path} = @{type(value).__name__}", path
+        yield from _rows(value, f"{path}.")

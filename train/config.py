@@ -16,6 +16,12 @@ from qwen_jax.errors import ConfigError
 from train.data.config import Data
 
 
+def _at_least(least: int, section: object, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) < least:
+            raise ConfigError(f"{name}={getattr(section, name)} must be at least {least}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Zoo:
     """A published model by name: its shape, not its weights.
@@ -223,9 +229,3 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         """Tokens of one optimiser step, padding included."""
         return self.batch_size * self.data.sequence_length
-
-
-def _at_least(least: int, section: object, *names: str) -> None:
-    for name in names:
-        if getattr(section, name) < least:
-            raise ConfigError(f"{name}={getattr(section, name)} must be at least {least}")

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,17 @@ def check_same_run(directory: Path, config: TrainConfig) -> None:
             f"{directory} holds a run made with another config: {'; '.join(changed)}; "
             f"choose another run_dir, or undo the change to go on with that run"
         )
+
+
+def write(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Writes each file whole or not at all. Raises FileError."""
+    for name, content in files.items():
+        new = directory / f".{name}.tmp"
+        try:
+            new.write_bytes(content)
+            new.replace(directory / name)
+        except OSError as error:
+            raise FileError(f"cannot write {directory / name}: {error.strerror}") from error
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, str]:

@@ -7,32 +7,30 @@ import functools
 import numpy as np
 
 from qwen_jax import sharding
-from train.data.rows import Rows
+from train.config import TrainConfig
+from train.data import Rows
 from train.objectives import Batch
 
-TYPES = {"tokens": np.int32, "targets": np.int32, "positions": np.int32, "segments": np.int32, "weights": np.float32}
+_TYPES = {"tokens": np.int32, "targets": np.int32, "positions": np.int32, "segments": np.int32, "weights": np.float32}
 
 
-def put_batch(rows: Rows, step: int, *, accumulation: int) -> Batch:
-    """Batch `step` on the current mesh, every array [accumulation, rows / accumulation, T].
+def put_batch(rows: Rows, step: int, config: TrainConfig) -> Batch:
+    """Batch `step` on the current mesh, every array [accumulation, rows of a micro-batch, T].
 
-    Micro-batch i holds rows [i, i + 1) * rows / accumulation, split over the mesh; each host reads only those that
-    its devices hold.
+    Each host reads only the rows that its devices hold.
     """
-    size = rows.batch_size // accumulation
+    size, accumulation = config.micro_batch_size, config.accumulation
 
-    @functools.cache  # devices that differ only in context or tensor hold the same rows
+    @functools.cache  # devices that differ only in context or tensor hold the same rows, and there are five arrays
     def read(start: int, stop: int) -> dict[str, np.ndarray]:
         parts = [rows.batch(step, slice(i * size + start, i * size + stop)) for i in range(accumulation)]
-        return {name: np.stack([part[name] for part in parts]) for name in TYPES}
+        return {name: np.stack([part[name] for part in parts]) for name in _TYPES}
 
     def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        micro, own, columns = index
+        micro_batches, own, columns = index
         start, stop, _ = own.indices(size)
-        return read(start, stop)[name][micro, :, columns]
+        return read(start, stop)[name][micro_batches, :, columns]
 
-    shape = (accumulation, size, rows.sequence_length)
-    # "a" is no letter that is split: every device goes through all micro-batches.
-    return {
-        name: sharding.put(shape, dtype, "abt", functools.partial(part, name)) for name, dtype in TYPES.items()
-    }
+    shape = (accumulation, size, config.data.sequence_length)
+    # No axis splits "a": every device goes through all micro-batches.
+    return {name: sharding.put(shape, dtype, "abt", functools.partial(part, name)) for name, dtype in _TYPES.items()}

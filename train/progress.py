@@ -37,7 +37,7 @@ class Report:
         self._console.print("warning:", end=" ", style="bold yellow")
         self._console.print(text)
 
-    def follow(self, *, start: int, total: int, tokens_per_step: int) -> Report:
+    def follow(self, start: int, total: int, *, tokens_per_step: int) -> Report:
         """This report, told the length of the run; use it as the context manager around the loop."""
         self._start, self._total, self._tokens_per_step = start, total, tokens_per_step
         self._first: tuple[int, float] | None = None

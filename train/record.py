@@ -27,13 +27,17 @@ class Record:
     Args:
       directory: the run directory.
       step: steps done so far. Kept are rows up to it, less its evaluation, which a resumed run does again.
+      tokens_per_step: to count tokens by.
       warn: told once when the disk takes no more.
       writes: False on every host but the first, where nothing is read or written.
     """
 
-    def __init__(self, directory: Path, *, step: int, warn: Callable[[str], None], writes: bool = True) -> None:
+    def __init__(
+        self, directory: Path, *, step: int, tokens_per_step: int, warn: Callable[[str], None], writes: bool = True
+    ) -> None:
         self._writes, self._warn, self._warned = writes, warn, False
-        self._clock = time.monotonic()
+        self._tokens_per_step = tokens_per_step
+        self.restart_clock(step)
         if not writes:
             return
         self._path = directory / METRICS
@@ -43,26 +47,20 @@ class Record:
         self._unwritten = b""
         # The plain writer, not SummaryWriter: that one writes from a thread and blocks for ever once the disk is full.
         self._events: EventsWriter | None = EventsWriter(str(directory / "events"), filename_suffix=f".{step}")
-        # TensorBoard hides what an earlier attempt wrote from this step on.
+        # TensorBoard then hides what an attempt that got further wrote from here on.
         self._event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
-    def resume_clock(self) -> None:
-        """Starts timing anew, after work that is not a training step."""
-        self._clock = time.monotonic()
+    def restart_clock(self, step: int) -> None:
+        """Times what comes after `step` steps: called when something else than training has taken time."""
+        self._since = (step, time.monotonic())
 
-    def train(self, step: int, metrics: Mapping[str, float], *, tokens: int, new_tokens: int) -> None:
-        """Adds the row of an optimiser step.
-
-        Args:
-          step: steps done, this one included.
-          metrics: what the step returned.
-          tokens: tokens seen since the start of the run.
-          new_tokens: tokens seen since the row before, or since `resume_clock`.
-        """
-        now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
-        timing = {"tokens_per_second": new_tokens / seconds, "seconds": seconds}
-        self._add("train", {"step": step, **metrics, "tokens": tokens, **timing})
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds the row of an optimiser step: its metrics, tokens seen in all, and the speed since the row before."""
+        (before, start), now = self._since, time.monotonic()
+        self._since = (step, now)
+        speed = (step - before) * self._tokens_per_step / (now - start)
+        timing = {"tokens_per_second": speed, "seconds": (now - start) / (step - before)}
+        self._add("train", {"step": step, "loss": metrics["loss"], **metrics, "tokens": step * self._tokens_per_step, **timing})
 
     def held_out(self, step: int, *, loss: float, bits_per_byte: float) -> None:
         """Adds the row of an evaluation after `step` steps: nats per token, and bits per byte of text."""

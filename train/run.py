@@ -6,33 +6,29 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from qwen_jax.errors import ConfigError, DataError, NumericalError
 from qwen_jax.sharding import make_mesh
 from qwen_jax.weights.checkpoint import Checkpoint, Checkpoints
 from train import directory as run_directory
-from train import objectives, optim
+from train import objectives, optim, plot
 from train.config import TrainConfig
-from train.data import Corpus, Rows, ngram_entropy, prepare
+from train.data import Corpus, Rows, prepare
+from train.evaluation import HeldOut
 from train.feed import put_batch
 from train.progress import Report
 from train.record import Record
 from train.saving import Saver
-from train.step import State, initial_state, make_eval_step, make_train_step, restored_state
+from train.step import Metrics, initial_state, make_train_step, restored_state
 from train.stop import Stop
-
-T = TypeVar("T")
 
 
 def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = False) -> int:
-    """Trains, from the newest valid checkpoint in the run directory or from the start, and prints how it went.
+    """Trains from the newest valid checkpoint of the run directory, or from the start, and prints how it went.
 
     Args:
       config: the run.
@@ -42,13 +38,16 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
 
     Returns:
       The exit code: 0 when all steps are done; 75 or 130 when asked to stop, with the state saved.
+
+    Raises:
+      UserError: of every kind; NumericalError at the first loss or gradient that is not finite.
     """
     join_hosts()
     first_host = jax.process_index() == 0
     report = Report(quiet=not first_host)
     with contextlib.ExitStack() as stack:
-        # Directory: ours alone, writable, and not of another run.
-        directory = Path(config.run_dir)
+        # Directory: writable, ours alone, and of no other run; all this before anything is compiled.
+        directory = Path(config.run_dir).expanduser()
         if first_host:
             stack.enter_context(run_directory.claim(directory, warn=report.warn))
             if fresh:
@@ -57,13 +56,158 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
         checkpoints = Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep, warn=report.warn)
         checkpoint = checkpoints.latest_valid()
         if resume and checkpoint is None:
-            raise ConfigError(f"--resume wants a checkpoint in {directory}, and there is none; leave --resume away")
+            raise ConfigError(f"--resume wants a checkpoint in {directory}, and there is none; leave --resume out")
 
         # Mesh
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
         stack.enter_context(jax.set_mesh(mesh))
-        unroll = unrolled(config, mesh)
 
         # Data
-        corpus = first_host_first(lambda: prepare(config.data, directory, seed=config.seed, report=report.line))
+        corpus = prepare(config.data, directory, seed=config.seed, report=report.line, is_writer=first_host)
         check_corpus(corpus, config, checkpoint)
+        rows = Rows(
+            corpus.train,
+            sequence_length=config.data.sequence_length,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+
+        # State
+        optimizer = optim.adamw(config.optimizer)
+        unroll = unrolled(config, mesh)
+        if checkpoint:
+            state = restored_state(checkpoint, config.model_config, optimizer, unroll=unroll)
+        else:
+            state = initial_state(config.model_config, optimizer, seed=config.seed, unroll=unroll)
+        start = int(state.step)
+
+        # Step
+        objective = objectives.make(config)
+        learning_rate = optim.cosine(config.schedule, peak=config.optimizer.peak_lr, steps=config.steps)
+        train_step = make_train_step(objective, optimizer, learning_rate)
+        held_out = HeldOut(config, objective, corpus.held_out) if len(corpus.held_out) else None
+
+        # Files
+        files = {"config.gin": text.encode(), "tokenizer.json": corpus.tokenizer.to_bytes()}
+        if first_host:
+            run_directory.write(directory, files)
+        record = Record(
+            directory, step=start, tokens_per_step=config.tokens_per_step, warn=report.warn, writes=first_host
+        )
+        stack.callback(record.close)
+        files["model.json"] = config.model_config.to_json().encode()
+        saver = Saver(checkpoints, record, files=files, meta=fingerprint(corpus), warn=report.warn)
+        describe(config, mesh, start, report)
+
+        # Loop: launch step n, then read what step n - 1 measured, so that the devices never wait for the host.
+        step, loss = start, math.nan
+        unread: tuple[int, Metrics] | None = None
+        with Stop() as stop, saver, report.follow(start, config.steps, tokens_per_step=config.tokens_per_step):
+            while True:
+                last, exit_code = step == config.steps, stop.exit_code()
+                saving = step > start and (last or exit_code or step % config.checkpoint.every == 0)
+                # After the save at the same step, so that a run stopped in between evaluates once it goes on.
+                evaluating = held_out and step and not exit_code and (last or step % config.evaluation.every == 0)
+                if saving or evaluating:
+                    # Nothing is saved before it is known to be finite: here the last step is read at once.
+                    watch(unread, config, record, report)
+                    unread = None
+                if saving:
+                    saver.save(step, state)
+                if evaluating:
+                    loss = held_out.loss(state.params)
+                    record.held_out(step, loss=loss, bits_per_byte=held_out.bits_per_byte(loss))
+                    report.line(f"step {step}: held-out loss {loss:.3f}")
+                if saving or evaluating:
+                    record.restart_clock(step)
+                if last or exit_code:
+                    break
+                state, metrics = train_step(state, put_batch(rows, step, config))
+                step += 1
+                watch(unread, config, record, report)
+                unread = (step, metrics)
+
+        if exit_code:
+            report.line(f"stopped after step {step} of {config.steps}, state saved; the same command goes on from there")
+        if first_host:
+            plot.draw(directory, entropies=held_out.entropies if held_out else None)
+        if first_host and not exit_code:
+            print(f"\n{held_out.summary(loss)}\n" if held_out else "")
+            print(f'try  python -m infer generate {config.run_dir} --prompt "def "')
+    return exit_code
+
+
+def join_hosts() -> None:
+    """Joins the other processes of a run on several hosts, before any device is touched.
+
+    They are found through JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or on a TPU pod slice, where
+    TPU_WORKER_HOSTNAMES lists several, by jax itself. Otherwise this process is the whole run.
+    """
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        try:
+            processes, process = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                f"with JAX_COORDINATOR_ADDRESS set, JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers: {error}"
+            ) from error
+        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], processes, process)
+    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
+
+
+def unrolled(config: TrainConfig, mesh: Mesh) -> bool:
+    """Whether each layer is compiled on its own. Left to "auto", that is on CPU, where a scan copies every weight."""
+    if config.layers == "auto":
+        return mesh.devices.flat[0].platform == "cpu"
+    return config.layers == "unroll"
+
+
+def fingerprint(corpus: Corpus) -> dict[str, str | int]:
+    """What a checkpoint remembers of its data, so that it is not trained on with other data."""
+    return {"tokenizer": corpus.tokenizer.fingerprint, "train_tokens": len(corpus.train)}
+
+
+def check_corpus(corpus: Corpus, config: TrainConfig, checkpoint: Checkpoint | None) -> None:
+    """Raises an error unless the model has a row for each token, and a checkpoint was made with this very data."""
+    if corpus.tokenizer.num_tokens > config.model_config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {corpus.tokenizer.num_tokens} tokens and model.vocab_size is "
+            f"{config.model_config.vocab_size}; make it at least that"
+        )
+    if checkpoint and checkpoint.meta != fingerprint(corpus):
+        raise DataError(
+            f"the tokens are not those that {checkpoint.path} was trained on: {fingerprint(corpus)}, not "
+            f"{checkpoint.meta}; restore them, or choose another run_dir"
+        )
+
+
+def describe(config: TrainConfig, mesh: Mesh, step: int, report: Report) -> None:
+    """Reports what is about to run, in a few lines."""
+    model = config.model_config
+    report.fact(
+        "model",
+        f"{model.num_parameters:,} parameters: {model.num_layers} layers of width {model.width}, {model.num_heads} heads "
+        f"({model.num_kv_heads} for keys and values), vocabulary {model.vocab_size:,}, {model.dtype}",
+    )
+    device = mesh.devices.flat[0]
+    split = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    report.fact("devices", f"{mesh.size} x {device.device_kind} ({device.platform})" + (f": {split}" if split else ""))
+    report.fact("steps", f"{config.steps:,} of {config.tokens_per_step:,} tokens" + (f", from {step:,}" if step else ""))
+    report.fact("run_dir", config.run_dir)
+
+
+def watch(unread: tuple[int, Metrics] | None, config: TrainConfig, record: Record, report: Report) -> None:
+    """Reads what a step measured, when it is there to read: checks it, records it, shows it."""
+    if unread is None:
+        return
+    step, metrics = unread[0], {name: float(value) for name, value in jax.device_get(unread[1]).items()}
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+        raise NumericalError(
+            f"step {step}: the loss is {metrics['loss']} and the norm of its gradient {metrics['grad_norm']}; nothing "
+            f"was saved since. Try a lower optimizer.peak_lr or more schedule.warmup_steps in another run_dir"
+        )
+    if metrics["weight"] == 0:
+        report.warn(f"step {step}: no token of this batch counts, so nothing was learned from it")
+    if step % config.log_every == 0 or step == config.steps:
+        record.train(step, metrics)
+    report.step(step, metrics["loss"])

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from qwen_jax import model
@@ -37,12 +38,11 @@ class State(NamedTuple):
 def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, *, seed: int, unroll: bool) -> State:
     """The state before the first step, under the current mesh."""
 
-    def make() -> State:
-        params = model.init(config, jax.random.key(seed))
-        params = model.unstack_layers(params) if unroll else params
-        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    return jax.jit(make)()
+    params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(seed))
+    if unroll:
+        # On its own: compiled together with the random numbers, it would have their code repeated for each layer.
+        params = jax.jit(model.unstack_layers)(params)
+    return State(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
 
 
 def restored_state(
@@ -50,10 +50,12 @@ def restored_state(
 ) -> State:
     """The state that a checkpoint holds, split over the current mesh, which need not be the one it was saved on."""
     like = model.abstract(config)
-    params = checkpoint.load("params", like)
-    moments = checkpoint.load("optimizer", jax.eval_shape(optimizer.init, like))
-    state = State(jnp.asarray(checkpoint.step, jnp.int32), params, moments)
-    return jax.jit(model.unstack_layers, donate_argnums=0)(state) if unroll else state
+    whole = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
+    # The optimiser's own counters have no sharding yet; like everything else they belong on all devices.
+    moments = jax.tree.map(lambda x: x if x.sharding else x.update(sharding=whole), jax.eval_shape(optimizer.init, like))
+    step = jax.device_put(np.int32(checkpoint.step), whole)
+    state = State(step, checkpoint.load("params", like), checkpoint.load("optimizer", moments))
+    return jax.jit(model.unstack_layers)(state) if unroll else state
 
 
 def stacked(state: State) -> State:
@@ -82,7 +84,7 @@ def make_train_step(
         params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
         metrics = {
             "loss": total / weight,
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "learning_rate": rate,
             "weight": sums["weight"],
         }
@@ -92,10 +94,10 @@ def make_train_step(
 
 
 def make_eval_step(objective: Objective) -> Callable[[model.Params, Batch], tuple[jax.Array, jax.Array]]:
-    """The compiled evaluation of one micro-batch [rows, ...]: sum of the loss, and sum of the weights."""
+    """The compiled evaluation of a batch shaped as in training: sum of the loss, and sum of the weights."""
 
     def eval_step(params: model.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        total, sums = objective(params, batch)
+        total, sums = _accumulate(objective, params, batch)
         return total, sums["weight"]
 
     return jax.jit(eval_step)

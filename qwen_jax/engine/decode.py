@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from qwen_jax import sharding
@@ -80,20 +79,23 @@ class Engine:
                 f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's "
                 f"max_position={self.config.max_position}; ask for at most {self.config.max_position - longest}"
             )
-        padded = [*prompts, *[[0]] * (self._batch(count) - count)]
+        more = self._batch(count) - count
+        prompts, rows = [*prompts, *[[0]] * more], [*rows, *[0] * more]
         with jax.set_mesh(self.mesh):
-            batch = _start(padded, [*rows, *[0] * (len(padded) - count)], sampling, seed, self.config.vocab_size)
-            tokens, cache = prefill(self.config, self._params, **batch, num_tokens=self._num_tokens)
-        del batch["prompts"]
-        positions, seen = batch.pop("lengths"), batch.pop("seen")
-        room = bucket(longest + min(max_new_tokens, HEADROOM))
+            tokens, positions = _pad(prompts)
+            stages = jax.tree.map(lambda x: _split(x, "b"), Stages.of([sampling] * len(prompts)))
+            seen = None if stages.repetition_penalty is None else _seen(prompts, self.config.vocab_size)
+            keys = row_keys(jax.random.key(np.uint32(seed)), _split(np.array(rows, np.uint32), "b"))
+            choice = dict(keys=keys, stages=stages, num_tokens=self._num_tokens)
+            tokens, cache = prefill(self.config, self._params, tokens, positions, seen, **choice)
+            cache = cache.grow(bucket(longest + min(max_new_tokens, HEADROOM)))
         for written in range(longest, longest + max_new_tokens - 1):
             with jax.set_mesh(self.mesh):
-                if written >= cache.length or cache.length < room:
-                    cache = cache.grow(max(room, bucket(written + 1)))
+                if written == cache.length:
+                    cache = cache.grow(2 * cache.length)
                 # Step n + 1 is launched before the tokens of step n are read: the device never waits for the host.
                 following, positions, cache, seen = step(
-                    self.config, self._params, tokens, positions, cache, seen, **batch, num_tokens=self._num_tokens
+                    self.config, self._params, tokens, positions, cache, seen, **choice
                 )
             yield _read(tokens, count)
             tokens = following
@@ -110,29 +112,27 @@ def bucket(size: int, *, least: int = SHORTEST) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-def _start(
-    prompts: Sequence[Sequence[int]], rows: Sequence[int], sampling: Sampling, seed: int, vocab_size: int
-) -> dict:
-    """The arguments of `prefill`: prompts padded on the right, and what each row needs to sample."""
+def _pad(prompts: Sequence[Sequence[int]]) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """The prompts padded on the right, and their lengths."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), bucket(int(lengths.max()))), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    stages = Stages.of([sampling] * len(prompts))
-    seen = None
-    if stages.repetition_penalty is not None:
-        seen = np.zeros((len(prompts), vocab_size), bool)
-        for row, prompt in enumerate(prompts):
-            seen[row, list(prompt)] = True
-        seen = sharding.put(seen.shape, bool, "b_", seen.__getitem__)
-    return {
-        "prompts": sharding.put(tokens.shape, np.int32, "bt", tokens.__getitem__),
-        "lengths": sharding.put(lengths.shape, np.int32, "b", lengths.__getitem__),
-        "seen": seen,
-        "key": jax.random.key(np.uint32(seed)),
-        "rows": jnp.asarray(rows, jnp.uint32),
-        "stages": stages,
-    }
+    tokens = np.zeros((len(prompts), bucket(max(map(len, prompts)))), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return _split(tokens, "bt"), _split(lengths, "b")
+
+
+def _seen(prompts: Sequence[Sequence[int]], vocab_size: int) -> Bool[Array, "B V"]:
+    """Which tokens each prompt has."""
+    seen = np.zeros((len(prompts), vocab_size), bool)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[list(prompt)] = True
+    return _split(seen, "b_")
+
+
+@jax.jit
+def row_keys(key: Key[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
+    """A key for each number in `rows`."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
 
 
 def _read(tokens: Int[Array, " B"], count: int) -> np.ndarray:
@@ -147,12 +147,11 @@ def _read(tokens: Int[Array, " B"], count: int) -> np.ndarray:
 def prefill(
     config: ModelConfig,
     params: Params,
-    *,
     prompts: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     seen: Bool[Array, "B V"] | None,
-    key: Key[Array, ""],
-    rows: Int[Array, " B"],
+    *,
+    keys: Key[Array, " B"],
     stages: Stages,
     num_tokens: int,
 ) -> tuple[Int[Array, " B"], Cache]:
@@ -162,12 +161,12 @@ def prefill(
     has come to a slot, it has written it.
     """
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1], dtype=jnp.int32), prompts.shape)
-    positions = jax.sharding.reshard(positions, sharding.activation("bt", prompts.shape))
+    positions = _split(positions, "bt")
     hidden, cache = forward(config, params, prompts, positions, cache=make_cache(config, *prompts.shape))
     # One position per prompt goes to the head: all of them would make [B, T, V] logits. Picked by a sum with one
     # term, which is exact, and has one meaning however the positions are split.
     last = jnp.where((positions == lengths[:, None] - 1)[..., None], hidden, 0).sum(axis=1, keepdims=True)
-    return _choose(params, last, seen, key, rows, lengths, stages, num_tokens), cache
+    return _choose(params, last, seen, keys, lengths, stages, num_tokens), cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_tokens"), donate_argnames=("cache", "seen"))
@@ -179,32 +178,33 @@ def step(
     cache: Cache,
     seen: Bool[Array, "B V"] | None,
     *,
-    key: Key[Array, ""],
-    rows: Int[Array, " B"],
+    keys: Key[Array, " B"],
     stages: Stages,
     num_tokens: int,
 ) -> tuple[Int[Array, " B"], Int[Array, " B"], Cache, Bool[Array, "B V"] | None]:
-    """The token after `tokens`, which stand at `positions`; and positions, cache and seen as the next step needs them."""
+    """The token after `tokens`, which stand at `positions`; and positions, cache and seen for the next step."""
     if seen is not None:
         seen |= jnp.arange(seen.shape[1]) == tokens[:, None]
-    hidden, cache = forward(config, params, tokens[:, None], positions[:, None], cache=cache)
+    columns = (_split(x[:, None], "bt") for x in (tokens, positions))
+    hidden, cache = forward(config, params, *columns, cache=cache)
     positions += 1
-    return _choose(params, hidden, seen, key, rows, positions, stages, num_tokens), positions, cache, seen
+    return _choose(params, hidden, seen, keys, positions, stages, num_tokens), positions, cache, seen
 
 
 def _choose(
     params: Params,
     hidden: Float[Array, "B 1 D"],
     seen: Bool[Array, "B V"] | None,
-    key: Key[Array, ""],
-    rows: Int[Array, " B"],
+    keys: Key[Array, " B"],
     positions: Int[Array, " B"],
     stages: Stages,
     num_tokens: int,
 ) -> Int[Array, " B"]:
-    """The token for each row at `positions`; its random numbers are a function of key, row and position alone."""
-    scores = logits(params, hidden)[:, 0]
-    batch = sharding.activation("b", positions.shape)
-    scores = jax.sharding.reshard(scores, P(*batch, None))
-    keys = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(rows, positions)
-    return sample(scores, keys, stages, num_tokens=num_tokens, seen=seen)
+    """The token for each row at `positions`; its random numbers are a function of the row's key and the position."""
+    scores = _split(logits(params, hidden)[:, 0], "b_")
+    return sample(scores, jax.vmap(jax.random.fold_in)(keys, positions), stages, num_tokens=num_tokens, seen=seen)
+
+
+def _split(x: Array | np.ndarray, letters: str) -> Array:
+    """x with the sharding of its letters; "_" is a dimension that is whole everywhere."""
+    return jax.sharding.reshard(jnp.asarray(x), sharding.activation(letters, x.shape))

@@ -141,7 +141,10 @@ def forward(
     scan = "layers" in params
     if scan and cache is not None:
         raise ValueError("decoding takes parameters of one entry per layer: call unstack_layers(params) once before")
-    return Qwen(config, scan, remat, attention).apply({"params": params}, tokens, positions, segments, cache)
+    ids = (jax.sharding.reshard(x, sharding.activation("bt", x.shape)) for x in (tokens, positions))
+    if segments is not None:
+        segments = jax.sharding.reshard(segments, sharding.activation("bt", segments.shape))
+    return Qwen(config, scan, remat, attention).apply({"params": params}, *ids, segments, cache)
 
 
 def head(params: Params) -> Float[Array, "V D"]:

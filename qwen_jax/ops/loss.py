@@ -78,7 +78,7 @@ def _over_chunks(hidden, table, targets, weights, *, with_gradient):
         out_specs=(P(), (rows, split) if with_gradient else None),
         check_vma=False,
     )
-    return mapped(hidden, table, targets, weights)
+    return mapped(hidden, table, *(jax.sharding.reshard(x, ids) for x in (targets, weights)))
 
 
 def _split_rows(hidden, targets, weights, chunk):

@@ -59,11 +59,11 @@ class Stages:
     new numbers for the same stages compile nothing.
     """
 
-    temperature: Float[Array, "B"] | None = None
-    top_k: Float[Array, "B"] | None = None
-    top_p: Float[Array, "B"] | None = None
-    min_p: Float[Array, "B"] | None = None
-    repetition_penalty: Float[Array, "B"] | None = None
+    temperature: Float[Array, " B"] | None = None
+    top_k: Float[Array, " B"] | None = None
+    top_p: Float[Array, " B"] | None = None
+    min_p: Float[Array, " B"] | None = None
+    repetition_penalty: Float[Array, " B"] | None = None
 
     @classmethod
     def of(cls, rows: Sequence[Sampling]) -> Stages:
@@ -77,12 +77,12 @@ class Stages:
 
 def sample(
     logits: Float[Array, "B V"],
-    keys: Key[Array, "B"],
+    keys: Key[Array, " B"],
     stages: Stages,
     *,
     num_tokens: int,
     seen: Bool[Array, "B V"] | None = None,
-) -> Int[Array, "B"]:
+) -> Int[Array, " B"]:
     """One token per row, below `num_tokens`: later rows of the table are padding. -1 where a logit is NaN or inf.
 
     Args:
@@ -94,6 +94,7 @@ def sample(
     """
     logits = jnp.where(jnp.arange(logits.shape[1]) < num_tokens, logits, -jnp.inf)
     if stages.repetition_penalty is not None:
+        assert seen is not None, "the repetition penalty is for tokens seen"
         logits = penalize(logits, seen, stages.repetition_penalty)
     tokens = best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if stages.temperature is not None:
@@ -108,38 +109,36 @@ def sample(
     return jnp.where(jnp.isfinite(logits.max(axis=-1)), tokens, -1)  # a maximum is NaN wherever there is one
 
 
-def penalize(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, "B"]
-) -> Float[Array, "B V"]:
+def penalize(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, " B"]) -> Float[Array, "B V"]:
     """Logits with those of `seen` tokens made smaller: positive ones divided by `penalty`, negative multiplied."""
     penalty = penalty[:, None]
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def temper(logits: Float[Array, "B V"], temperature: Float[Array, "B"]) -> Float[Array, "B V"]:
+def temper(logits: Float[Array, "B V"], temperature: Float[Array, " B"]) -> Float[Array, "B V"]:
     """Logits over temperature, less the largest of the row; a temperature of 0 counts as 1."""
     # Less the largest before the division: a tiny temperature then makes -inf of the others, never inf - inf.
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted / jnp.where(temperature > 0, temperature, 1.0)[:, None]
 
 
-def keep_top_k(logits: Float[Array, "B V"], k: Float[Array, "B"]) -> Float[Array, "B V"]:
+def keep_top_k(logits: Float[Array, "B V"], k: Float[Array, " B"]) -> Float[Array, "B V"]:
     """Logits of the k most likely tokens, ties with the last included; -inf elsewhere. k = 0 keeps all."""
     return _keep(logits, jnp.ones_like(logits), jnp.where(k > 0, k, jnp.inf))
 
 
-def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, "B"]) -> Float[Array, "B V"]:
+def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, " B"]) -> Float[Array, "B V"]:
     """Logits of the fewest most likely tokens that together reach probability p, ties included; -inf elsewhere."""
     return _keep(logits, jax.nn.softmax(logits, axis=-1), jnp.where(p < 1, p, jnp.inf))
 
 
-def keep_min_p(logits: Float[Array, "B V"], p: Float[Array, "B"]) -> Float[Array, "B V"]:
+def keep_min_p(logits: Float[Array, "B V"], p: Float[Array, " B"]) -> Float[Array, "B V"]:
     """Logits of the tokens at least p times as likely as the most likely one; -inf elsewhere."""
     least = logits.max(axis=-1) + jnp.log(p)
     return jnp.where(logits >= least[:, None], logits, -jnp.inf)
 
 
-def draw(logits: Float[Array, "B V"], keys: Key[Array, "B"]) -> Int[Array, "B"]:
+def draw(logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
     """One token per row with probability softmax(logits); a token at -inf is never drawn.
 
     Inverts the distribution function: one random number per row, where the Gumbel trick needs one per token.
@@ -158,9 +157,7 @@ def draw(logits: Float[Array, "B V"], keys: Key[Array, "B"]) -> Int[Array, "B"]:
     return 1 + _largest(lambda last: mass_up_to(last) <= target, jnp.full_like(final, -1), final - 1)
 
 
-def _keep(
-    logits: Float[Array, "B V"], weights: Float[Array, "B V"], target: Float[Array, "B"]
-) -> Float[Array, "B V"]:
+def _keep(logits: Float[Array, "B V"], weights: Float[Array, "B V"], target: Float[Array, " B"]) -> Float[Array, "B V"]:
     """Logits of the top tokens whose weights first add up to `target`, ties included; -inf elsewhere."""
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
     order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
@@ -173,8 +170,8 @@ def _keep(
 
 
 def _largest(
-    holds: Callable[[Int[Array, "B"]], Bool[Array, "B"]], low: Int[Array, "B"], high: Int[Array, "B"]
-) -> Int[Array, "B"]:
+    holds: Callable[[Int[Array, " B"]], Bool[Array, " B"]], low: Int[Array, " B"], high: Int[Array, " B"]
+) -> Int[Array, " B"]:
     """Per row the largest integer from low to high for which `holds`, which fails from some point on; else low."""
 
     def halve(bounds):

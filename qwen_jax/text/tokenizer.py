@@ -1,8 +1,8 @@
 """Byte-level BPE tokenizers: load, train, encode as plain text, decode as a stream.
 
-The pipeline is the Qwen family's (tokenization_qwen.py of QwenLM/Qwen): NFC, a split by `PIECES`, bytes as
-printable characters, merges by rank. Encoding runs in the `tokenizers` library. Decoding is a table of bytes
-per id, so that whole and streamed decoding are one thing.
+The family's pipeline (tokenization_qwen.py of QwenLM/Qwen): NFC, a split by `PIECES`, bytes as printable
+characters, merges by rank. Encoding runs in the `tokenizers` library. Decoding is a table of bytes per id, so
+that whole and streamed decoding are one thing.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import trainers
 
 from qwen_jax.errors import ConfigError, DataError, FileError, ModelError
 
@@ -29,6 +30,28 @@ END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+_SPLIT = {"type": "Split", "pattern": {"Regex": PIECES}, "behavior": "Isolated", "invert": False}
+# The pipeline as the family's tokenizer.json files write it, without tokens.
+_FAMILY: dict[str, Any] = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [],
+    "normalizer": {"type": "NFC"},
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [_SPLIT, _BYTE_LEVEL]},
+    "post_processor": _BYTE_LEVEL,
+    "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    "model": {"type": "BPE", "vocab": {}, "merges": []},
+}
+# Characters of one to four bytes, and the white space that pipelines treat in special ways.
+_PROBE = "Ab é你🙂  \t\r\n x"
+# The library needs some 120 bytes per character while it encodes, so it gets no more at once than _BATCH.
+_BATCH = 1_000_000
+_PART = 100_000
+# No piece of PIECES goes on after a newline that something else than white space follows, so text can be cut there.
+_CUT = re.compile(r"\n(?=\S)")
+
 
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's one printable character per byte: itself where printable, else the next free one from U+0100."""
@@ -38,6 +61,8 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_OF = _byte_alphabet()
+# For str.translate: each character of the alphabet to its byte, every other one to what latin-1 cannot encode.
+_TO_BYTES = dict.fromkeys(range(256), 0xFFFF) | {ord(character): byte for character, byte in BYTE_OF.items()}
 
 
 class Tokenizer:
@@ -54,18 +79,20 @@ class Tokenizer:
     def __init__(self, data: bytes) -> None:
         """`data` is the content of a tokenizer.json; anything but a byte-level BPE is a ModelError."""
         self._data = data
-        spec = _parse(data)
-        added = {token["content"]: token for token in spec["added_tokens"]}
-        self._pieces = _pieces(spec["model"]["vocab"], added)
+        try:
+            spec = _parse(data)
+            added = {token["content"]: token for token in spec["added_tokens"]}
+            self._pieces = _pieces(spec["model"]["vocab"], added)
+            self.end_of_text = added[END_OF_TEXT]["id"]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"not a tokenizer.json of the Qwen family: {type(error).__name__}: {error}") from error
         self.num_tokens = len(self._pieces)
-        if END_OF_TEXT not in added:
-            raise ModelError(f"the tokenizer has no added token {END_OF_TEXT}; give a tokenizer.json of the Qwen family")
-        self.end_of_text = added[END_OF_TEXT]["id"]
         # Without its added tokens the encoder cannot turn text into a control id, whatever the text holds.
         # A stored truncation or padding would lose text in silence.
         plain = {"added_tokens": [], "truncation": None, "padding": None, "post_processor": None}
+        self._cuts = all(spec.get(stage) == _FAMILY[stage] for stage in ("normalizer", "pre_tokenizer"))
         self._encoder = _library_tokenizer(json.dumps(spec | plain))
-        self._check_injection(added)
+        self._check_encoder(added)
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -98,12 +125,17 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, as `encode` gives them, on all cores. A lone surrogate is a DataError."""
-        try:
-            return [e.ids for e in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
-        except TypeError:
-            for text in texts:
-                _check_encodable(text)
-            raise
+        out: list[list[int]] = [[] for _ in texts]
+        for batch in _batches((index, part) for index, text in enumerate(texts) for part in self._parts(text)):
+            parts = [part for _, part in batch]
+            try:
+                encodings = self._encoder.encode_batch_fast(parts, add_special_tokens=False)
+            except TypeError:
+                _check_encodable(parts)
+                raise
+            for (index, _), encoding in zip(batch, encodings, strict=True):
+                out[index] += encoding.ids
+        return out
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -118,11 +150,22 @@ class Tokenizer:
             raise DataError(f"token id {token} is outside 0..{self.num_tokens - 1} of this tokenizer")
         return self._pieces[token]
 
-    def _check_injection(self, added: dict[str, Any]) -> None:
+    def _parts(self, text: str) -> Iterator[str]:
+        """`text` in parts whose ids, joined, are those of the whole: of some _PART characters where it can be cut."""
+        start = 0
+        while self._cuts and len(text) - start > _PART and (cut := _CUT.search(text, start + _PART)):
+            yield text[start : cut.end()]
+            start = cut.end()
+        yield text[start:]
+
+    def _check_encoder(self, added: dict[str, Any]) -> None:
+        """A ModelError if plain text gives control ids, or does not come back from its ids."""
         control = {token["id"] for token in added.values()}
         for content, ids in zip(added, self.encode_batch(list(added)), strict=True):
             if control.intersection(ids):
                 raise ModelError(f"the tokenizer's merges build the added token {content!r} out of plain text")
+        if (back := self.decode(self.encode(_PROBE))) != _PROBE:
+            raise ModelError(f"the tokenizer turns {_PROBE!r} into {back!r}; only lossless byte-level BPE is read")
 
 
 class StreamDecoder:
@@ -147,17 +190,8 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     The result depends on the texts alone. Too few of them for that many merges is a DataError.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ConfigError(f"vocab_size={vocab_size} must be at least {MIN_VOCAB_SIZE}: 256 bytes and the special tokens")
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.decoder = decoders.ByteLevel()
+        raise ConfigError(f"vocab_size={vocab_size} must be at least {MIN_VOCAB_SIZE}: 256 bytes and special tokens")
+    tokenizer = _library_tokenizer(json.dumps(_FAMILY))
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
         initial_alphabet=sorted(BYTE_OF),
@@ -167,28 +201,24 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     reached = tokenizer.get_vocab_size()
     if reached < vocab_size:
-        raise DataError(f"the text yields {reached} tokens, vocab_size={vocab_size} were asked for; lower it or give more text")
+        raise DataError(
+            f"the text yields {reached} tokens and vocab_size={vocab_size} wants more; lower it or add text"
+        )
     return Tokenizer(tokenizer.to_str().encode())
 
 
 def _parse(data: bytes) -> dict[str, Any]:
     """The tokenizer.json as a dict; a ModelError unless it is a byte-level BPE that encodes every text in one way."""
-    try:
-        spec = json.loads(data)
-        model, vocab = spec["model"], spec["model"]["vocab"]
-        kinds = model["type"], (spec["decoder"] or {}).get("type")
-        for token in spec["added_tokens"]:
-            if not isinstance(token["content"], str) or not isinstance(token["id"], int):
-                raise TypeError(f"added token {token} needs a text and a number")
-        missing = len(BYTE_OF.keys() - vocab.keys())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"not a tokenizer.json: {type(error).__name__}: {error}") from error
+    spec = json.loads(data)
+    model = spec["model"]
+    kinds = model["type"], spec["decoder"]["type"]
     if kinds != ("BPE", "ByteLevel"):
         raise ModelError(f"model and decoder are {kinds}; only byte-level BPE is read: ('BPE', 'ByteLevel')")
-    if missing:
+    if missing := len(BYTE_OF.keys() - model["vocab"].keys()):
         raise ModelError(f"{missing} of the 256 bytes have no token, so some text could not be encoded")
-    if model.get("dropout"):
-        raise ModelError(f"dropout={model['dropout']} makes encoding random; set it to null")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(option):
+            raise ModelError(f"the model has {option}={model[option]!r}; only byte-level BPE without it is read")
     return spec
 
 
@@ -198,13 +228,15 @@ def _pieces(vocab: dict[str, int], added: dict[str, Any]) -> list[bytes]:
     for token, index in vocab.items():
         if index in pieces:
             raise ModelError(f"the vocabulary gives id {index} to two tokens, one of them {token!r}")
-        if token not in added and not BYTE_OF.keys() >= set(token):
-            raise ModelError(f"token {token!r} is not written in the byte-level alphabet")
-        pieces[index] = b"" if token in added else bytes(BYTE_OF[character] for character in token)
+        try:
+            pieces[index] = b"" if token in added else token.translate(_TO_BYTES).encode("latin-1")
+        except UnicodeEncodeError:
+            raise ModelError(f"token {token!r} is not written in the byte-level alphabet") from None
     for content, token in added.items():
         if vocab.get(content, token["id"]) != token["id"] or (content not in vocab and token["id"] in pieces):
             raise ModelError(f"added token {content!r} has id {token['id']}, which the vocabulary contradicts")
-        pieces[token["id"]] = b"" if token.get("special") else content.encode()
+        text = content.encode()
+        pieces[token["id"]] = b"" if token.get("special") else text
     if pieces.keys() != set(range(len(pieces))):
         raise ModelError(f"{len(pieces)} tokens have ids up to {max(pieces)}; ids must be 0..n-1 without a gap")
     return [pieces[index] for index in range(len(pieces))]
@@ -217,8 +249,23 @@ def _library_tokenizer(text: str) -> tokenizers.Tokenizer:
         raise ModelError(f"not a tokenizer.json: {error}") from error
 
 
-def _check_encodable(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"text has a lone surrogate at character {error.start}, which no UTF-8 can hold") from error
+def _batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """The (index, text) pairs in lists of about _BATCH characters."""
+    batch, size = [], 0
+    for index, text in parts:
+        batch.append((index, text))
+        size += len(text)
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _check_encodable(texts: Iterable[str]) -> None:
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            character = text[error.start]
+            raise DataError(f"text has a lone surrogate {character!r}, which UTF-8 cannot hold; replace it") from error

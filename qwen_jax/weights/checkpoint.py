@@ -17,6 +17,7 @@ open_checkpoint and load, in the same order: each writes and reads its shards, p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ from qwen_jax.weights.manifest import Manifest
 from qwen_jax.weights.steps import ARRAYS, ITEMS, folder_name, newest_valid, quarantine, step_folders, verify
 
 DATA_FILE_BYTES = 256 * 2**20  # a large checkpoint becomes many files, so that threads can share the hashing
+SAVE_TIMEOUT = 1800  # seconds; of several processes, it is also when the others learn that one could not write
 
 # Orbax logs a traceback per thread for each failure. All of them reach us as exceptions, which become one line.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
@@ -166,13 +168,18 @@ class Checkpoints:
         self.wait()
         items = {"params": _by_path(params)} | ({} if optimizer is None else {"optimizer": _by_path(optimizer)})
         arrays = {item: {path: _describe(x) for path, x in named.items()} for item, named in items.items()}
-        # A copy of the rest, since it is written later; and of meta the form in which it will be read back.
-        files, meta = dict(files), json.loads(json.dumps(meta, allow_nan=False))
+        if reserved := [name for name in files if "/" in name or name in (ARRAYS, manifest.FILE_NAME)]:
+            raise ValueError(f"files named {reserved} cannot be stored: a plain name is wanted, none of ours")
+        # Copies, since they are written later; of meta in the form in which it will be read back.
+        files, notes = dict(files), json.loads(json.dumps(meta, allow_nan=False))
         # A new name each time: after a failure, threads of Orbax may still be writing to the old one.
         self._saves += 1
         temporary = self._root / f".{folder_name(step)}-{self._saves}.tmp"
         _on_first_process(lambda: self._make_room(step, temporary))
-        response = _start(temporary / ARRAYS, items)
+        try:
+            response = _start(temporary / ARRAYS, items)
+        except OSError as error:
+            raise self._not_saved(step, error) from error
 
         def finish() -> None:
             try:
@@ -180,13 +187,14 @@ class Checkpoints:
                 if jax.process_index() == 0:
                     for name, contents in files.items():
                         (temporary / name).write_bytes(contents)
-                    Manifest.seal(temporary, step=step, meta=meta, arrays=arrays)
+                    Manifest.seal(temporary, step=step, meta=notes, arrays=arrays)
                     os.rename(temporary, self._root / folder_name(step))
                     manifest.sync(self._root)
                     self._delete_older_than(step)
             except Exception as error:  # TensorStore's errors have no class of their own
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise FileError(f"step {step} could not be saved in {self._root}: {_reason(error)}") from error
+                with contextlib.suppress(OSError):  # the next save removes what is left
+                    _delete(temporary)
+                raise self._not_saved(step, error) from error
 
         self._pending = self._worker.submit(finish)
 
@@ -216,13 +224,16 @@ class Checkpoints:
         step = _on_first_process(lambda: newest_valid(self._root, ITEMS, self._warn, quarantine))
         return None if step is None else Checkpoint(self._root / folder_name(step), verified=ITEMS)
 
+    def _not_saved(self, step: int, error: Exception) -> FileError:
+        return FileError(f"step {step} could not be saved in {self._root}: {_reason(error)}")
+
     def _make_room(self, step: int, temporary: Path) -> None:
         """Makes the temporary folder, and removes those of saves that were killed."""
         final = self._root / folder_name(step)
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             for path in self._root.iterdir():
-                if re.fullmatch(r"\.[0-9]{8,}-[0-9]+\.tmp", path.name):
+                if re.fullmatch(r"\.[0-9]{8,}.*\.(tmp|deleted)", path.name):
                     shutil.rmtree(path, ignore_errors=True)
             if final.exists() and any(final.iterdir()):
                 raise FileError(f"{final} exists: step {step} is saved already, or the folder is not ours")
@@ -236,8 +247,7 @@ class Checkpoints:
         for old in older[: max(0, len(older) + 1 - self._keep)]:
             folder = self._root / folder_name(old)
             try:
-                # Renamed first, so that whoever opens it meanwhile finds a whole step or none.
-                shutil.rmtree(folder.rename(self._root / f".{folder.name}-0.tmp"))
+                _delete(folder)
             except OSError as error:
                 self._warn(f"old checkpoint {folder} could not be deleted: {_reason(error)}")
 
@@ -272,10 +282,17 @@ def _differences(item: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]
 def _start(path: Path, items: Mapping[str, Mapping[str, jax.Array]]) -> ocp.AsyncResponse[None]:
     """Copies arrays to the host and begins to write them; result() waits for the end."""
     context = ocp.Context()
+    context.asynchronous.timeout_secs = SAVE_TIMEOUT
+    context.asynchronous.create_directories_asynchronously = False  # else leaving without wait() hangs for 5 minutes
     context.array.saving.ocdbt_target_data_file_size = DATA_FILE_BYTES
     context.array.saving.use_compression = False  # makes float32 weights 8 % smaller, and takes 3 times as long
     with context:
         return ocp.save_checkpointables_async(str(path), {item: dict(named) for item, named in items.items() if named})
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a folder; renamed first, so that whoever opens or publishes it meanwhile has all of it or nothing."""
+    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name.lstrip('.')}.deleted")))
 
 
 def _reason(error: Exception) -> str:

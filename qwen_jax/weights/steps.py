@@ -12,6 +12,7 @@ from qwen_jax.weights.manifest import FILE_NAME, Broken, Manifest
 
 ARRAYS = "arrays"  # the part of a step that Orbax writes, with a folder for each item
 ITEMS = ("params", "optimizer")
+STEP_NAME = "[0-9]{8}|[1-9][0-9]{8,}"
 
 
 def folder_name(step: int) -> str:
@@ -21,7 +22,7 @@ def folder_name(step: int) -> str:
 def step_folders(root: Path) -> dict[int, Path]:
     """The folders with the name of a step, oldest first; there may be no checkpoint in them."""
     try:
-        paths = [path for path in root.iterdir() if re.fullmatch("[0-9]{8,}", path.name) and path.is_dir()]
+        paths = [path for path in root.iterdir() if re.fullmatch(STEP_NAME, path.name) and path.is_dir()]
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -64,7 +65,8 @@ def newest_valid(
             warn(f"{error}; {set_aside(path)}, step {step} is used instead")
         return step
     if broken:
-        raise ModelError(f"every checkpoint in {root} is broken: {'; '.join(f'{path.name}: {error.reason}' for path, error in broken)}")
+        reasons = "; ".join(f"{path.name}: {error.reason}" for path, error in broken)
+        raise ModelError(f"every checkpoint in {root} is broken: {reasons}")
     return None
 
 

@@ -91,9 +91,7 @@ def test_distribution_is_that_of_hugging_face(generation):
         actual = actual if value is None else stage(actual, value)
 
     np.testing.assert_array_equal(np.isfinite(actual), np.isfinite(expected))
-    np.testing.assert_allclose(
-        jax.nn.softmax(actual), jax.nn.softmax(jnp.asarray(expected)), rtol=0, atol=TOLERANCE
-    )
+    np.testing.assert_allclose(jax.nn.softmax(actual), jax.nn.softmax(jnp.asarray(expected)), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("generation", STAGES, ids=str)
@@ -140,7 +138,11 @@ def test_kept_sets_on_ties_and_extremes(data, k, p, m):
 
 
 @settings(deadline=None, max_examples=30)
-@given(seed=st.integers(0, 1000), num_tokens=st.sampled_from([1, 17, V - 1, V]), temperature=st.sampled_from([0.0, 1e-30, 1.0, 1e6]))
+@given(
+    seed=st.integers(0, 1000),
+    num_tokens=st.sampled_from([1, 17, V - 1, V]),
+    temperature=st.sampled_from([0.0, 1e-30, 1.0, 1e6]),
+)
 def test_padding_rows_are_never_sampled(seed, num_tokens, temperature):
     logits = make_logits(seed)
     logits[:, num_tokens:] += 1e4

@@ -83,7 +83,9 @@ def _check_source(config: Data, folder: Path, report: Report) -> None:
     if now.field != before.field:
         change = f'their field was "{before.field}" and is "{now.field}"'
     elif now.listing != before.listing:
-        change = f"there were {before.files} files of {before.bytes} bytes, and are {now.files} of {now.bytes}, or names differ"
+        change = (
+            f"{before.files} files of {before.bytes} bytes are now {now.files} of {now.bytes}, or their names differ"
+        )
     elif now.content and now.content != before.content:
         change = "some file has other bytes than it had"
     else:
@@ -105,7 +107,8 @@ def _matching_tokenizer(config: Data, folder: Path, manifest: Manifest) -> Token
             raise DataError(f"{folder} was made with another tokenizer than {wanted.path}; {remedy}")
     elif wanted.vocab_size != manifest.vocab_size:
         raise DataError(
-            f"{folder} was made with {manifest.vocab_size} tokens, data.tokenizer.vocab_size={wanted.vocab_size}; {remedy}"
+            f"{folder} was made with a tokenizer of {manifest.vocab_size} tokens, "
+            f"data.tokenizer.vocab_size is {wanted.vocab_size}; {remedy}"
         )
     if config.held_out != manifest.held_out:
         raise DataError(f"{folder} was made with held_out={manifest.held_out}, not {config.held_out}; {remedy}")

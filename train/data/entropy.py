@@ -20,10 +20,10 @@ def ngram_entropy(tokens: np.ndarray, vocab_size: int, *, end_of_text: int) -> t
     first, second = ids[:-1][inside], ids[1:][inside]
     if not len(second):
         raise DataError(f"{len(ids)} tokens hold no two of the same document, so they have no entropy; give more text")
-    unigram = _entropy(np.bincount(second, minlength=vocab_size))
+    unigram = _entropy(np.bincount(second))
     # H(X2 | X1) = H(X1, X2) - H(X1). Pairs are counted by sorting: a table of vocab_size² would not fit for 150k.
     pairs = _entropy(np.unique(first * vocab_size + second, return_counts=True)[1])
-    return unigram, pairs - _entropy(np.bincount(first, minlength=vocab_size))
+    return unigram, pairs - _entropy(np.bincount(first))
 
 
 def _entropy(counts: np.ndarray) -> float:

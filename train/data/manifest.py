@@ -122,7 +122,7 @@ class Manifest:
             raise FileError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise DataError(f"{path} is no manifest of token shards ({reason}); delete {folder} to make it again") from error
+            raise DataError(f"{path} is no manifest of token shards ({reason}); delete {folder}") from error
 
     @classmethod
     def _from_json(cls, text: str) -> Manifest:

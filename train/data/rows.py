@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import grain
 import numpy as np
 
@@ -48,7 +50,7 @@ class Rows:
         num_targets = np.zeros((len(indices), 1), np.int32)
         for row, index in enumerate(indices):
             if index < len(self._order):
-                start = int(self._order[index]) * self._length
+                start = cast(int, self._order[index]) * self._length
                 tokens = self._shards.tokens(start, min(start + self._length + 1, len(self._shards)))
                 window[row, : len(tokens)] = tokens
                 num_targets[row] = len(tokens) - 1

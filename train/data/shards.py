@@ -17,7 +17,10 @@ MAX_SHARD_TOKENS = 2**28
 
 
 class ShardWriter:
-    """Writes one split. A document that does not fit starts the next shard, so none lies in two."""
+    """Writes one split. A document that does not fit starts the next shard, so none lies in two.
+
+    A context manager: what was not finished when it ends is abandoned.
+    """
 
     def __init__(self, folder: Path, split: str, *, dtype: str, end_of_text: int) -> None:
         self._folder, self._split = folder, split
@@ -31,7 +34,7 @@ class ShardWriter:
         """Appends one document: `ids`, the tokens of `text`, and end_of_text."""
         tokens = np.array([*ids, self._end_of_text], self._dtype)
         if self._open and self._open.tokens + len(tokens) > MAX_SHARD_TOKENS:
-            self._shards.append(self._open.close())
+            self._shards.append(self._open.finish())
             self._open = None
         if self._open is None:
             self._open = _OpenShard(self._folder, f"{self._split}-{len(self._shards):05}.bin")
@@ -39,12 +42,19 @@ class ShardWriter:
         self._characters += len(text)
         self._bytes += len(text.encode())
 
-    def close(self) -> Split:
-        """The finished split; all of it is on disk."""
+    def finish(self) -> Split:
+        """The split as it was written; all of it is on disk."""
         if self._open:
-            self._shards.append(self._open.close())
+            self._shards.append(self._open.finish())
             self._open = None
         return Split(shards=tuple(self._shards), characters=self._characters, bytes=self._bytes)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._open:  # not finished: what is on disk so far counts for nothing
+            self._open.file.close()
 
 
 class _OpenShard:
@@ -52,22 +62,22 @@ class _OpenShard:
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder, name
-        self._file = open(folder / name, "wb")
+        self.file = open(folder / name, "wb")
         self._sha256 = hashlib.sha256()
         self._ends = array("q")
         self.tokens = 0
 
     def add(self, tokens: np.ndarray) -> None:
         raw = tokens.tobytes()
-        self._file.write(raw)
+        self.file.write(raw)
         self._sha256.update(raw)
         self.tokens += len(tokens)
         self._ends.append(self.tokens)
 
-    def close(self) -> Shard:
-        with self._file:
-            to_disk(self._file)
-            size = self._file.tell()
+    def finish(self) -> Shard:
+        with self.file:
+            to_disk(self.file)
+            size = self.file.tell()
         ends = np.array(self._ends, "<i8").tobytes()
         shard = Shard(
             name=self._name,

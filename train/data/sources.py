@@ -17,8 +17,8 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from io import BufferedIOBase
 from pathlib import Path, PurePath
-from typing import IO
 
 from qwen_jax.errors import ConfigError, DataError, FileError
 from train.data.config import PythonStdlib, Text
@@ -27,8 +27,8 @@ MAX_DOCUMENT_BYTES = 100_000_000
 # Text rarely shrinks more than 20-fold; a gzip bomb is 1000-fold.
 MAX_GZIP_RATIO = 100
 LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-# Installed packages are not the standard library, and lib2to3's test data holds files broken on purpose.
-NOT_STDLIB = ("site-packages", "dist-packages", "__pycache__", "lib2to3")
+# Installed packages are not the standard library.
+NOT_STDLIB = ("site-packages", "dist-packages", "__pycache__")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,13 +213,15 @@ def _records(file: SourceFile, *, lines: bool) -> Iterator[tuple[str, bytes]]:
             if len(raw) > MAX_DOCUMENT_BYTES:
                 raise DataError(f"{origin} is a document of over {MAX_DOCUMENT_BYTES:,} bytes; split it")
             if zipped and total > MAX_DOCUMENT_BYTES + MAX_GZIP_RATIO * file.size:
-                raise DataError(f"{file.path} unpacks to over {MAX_GZIP_RATIO} times its size; unpack it if that is right")
+                raise DataError(
+                    f"{file.path} unpacks to over {MAX_GZIP_RATIO} times its size; unpack it if you trust it"
+                )
             yield origin, raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
         if not number and not lines:
             yield str(file.path), b""
 
 
-def _read(stream: IO[bytes], *, line: bool) -> bytes:
+def _read(stream: BufferedIOBase, *, line: bool) -> bytes:
     # One byte over the limit is enough to know, and bounds the memory.
     return stream.readline(MAX_DOCUMENT_BYTES + 1) if line else stream.read(MAX_DOCUMENT_BYTES + 1)
 

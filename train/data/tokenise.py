@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +14,15 @@ from qwen_jax.errors import DataError, FileError
 from qwen_jax.text import Tokenizer, train_bpe
 from train.data import sources
 from train.data.config import Data, PythonStdlib, Text, TokenizerFile
-from train.data.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, Source, to_disk
+from train.data.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, Source, Split, to_disk
 from train.data.shards import ShardWriter
 from train.data.sources import SourceFile
 
 # Merges hardly change with more text than this, and training keeps a count for every distinct piece of it.
 MAX_TRAINING_BYTES = 200_000_000
-# Enough for all cores, and little memory: the library keeps some 100 bytes per token of a batch.
+# Enough to keep all cores busy.
 BATCH_CHARACTERS = 4_000_000
+MAX_UINT16_TOKENS = 2**16
 REPORT_SECONDS = 30.0
 
 Report = Callable[[str], None]
@@ -55,25 +57,9 @@ def _write(config: Data, folder: Path, seed: int, report: Report) -> None:
     source = describe(config.source, files)
     report(f"source: {source.files:,} files, {source.bytes / 1e6:.1f} MB, {source.description}")
     tokenizer = _tokenizer(config, files, seed, report)
-    dtype = "uint16" if tokenizer.num_tokens <= 2**16 else "uint32"
-    writers = {s: ShardWriter(folder, s, dtype=dtype, end_of_text=tokenizer.end_of_text) for s in SPLITS}
-    tally = sources.new_tally(config.source, config.max_bad_fraction)
-    reported = time.monotonic()
-    for texts in _batches(sources.documents(files, field=source.field, tally=tally)):
-        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-            writers["held_out" if _share(text) < config.held_out else "train"].add(ids, text)
-        if time.monotonic() - reported > REPORT_SECONDS:
-            report(f"tokens: {tally.documents:,} documents so far")
-            reported = time.monotonic()
-    report(f"source: {tally}")
+    dtype = "uint16" if tokenizer.num_tokens <= MAX_UINT16_TOKENS else "uint32"
+    splits = _write_shards(config, folder, files, tokenizer, dtype, report)
     sources.check_unchanged(files)
-    splits = {split: writer.close() for split, writer in writers.items()}
-    if not splits["train"].tokens or (config.held_out and not splits["held_out"].tokens):
-        numbers = ", ".join(f"{split} {record.documents}" for split, record in splits.items())
-        raise DataError(
-            f"data.held_out={config.held_out} splits {tally.documents} documents into {numbers}; "
-            "give more documents, or change it (0 holds out none)"
-        )
     with open(folder / TOKENIZER, "wb") as file:
         file.write(tokenizer.to_bytes())
         to_disk(file)
@@ -86,6 +72,33 @@ def _write(config: Data, folder: Path, seed: int, report: Report) -> None:
         held_out=config.held_out,
         splits=splits,
     ).write(folder)
+
+
+def _write_shards(
+    config: Data, folder: Path, files: Sequence[SourceFile], tokenizer: Tokenizer, dtype: str, report: Report
+) -> dict[str, Split]:
+    """The splits, written; a DataError if one that should hold documents has none."""
+    tally = sources.new_tally(config.source, config.max_bad_fraction)
+    documents = sources.documents(files, field=field_of(config.source), tally=tally)
+    reported = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        open_writer = functools.partial(ShardWriter, folder, dtype=dtype, end_of_text=tokenizer.end_of_text)
+        writers = {split: stack.enter_context(open_writer(split)) for split in SPLITS}
+        for texts in _batches(documents):
+            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+                writers["held_out" if _share(text) < config.held_out else "train"].add(ids, text)
+            if time.monotonic() - reported > REPORT_SECONDS:
+                report(f"tokens: {tally.documents:,} documents so far")
+                reported = time.monotonic()
+        splits = {split: writer.finish() for split, writer in writers.items()}
+    report(f"source: {tally}")
+    if not splits["train"].tokens or (config.held_out and not splits["held_out"].tokens):
+        numbers = ", ".join(f"{split} {record.documents}" for split, record in splits.items())
+        raise DataError(
+            f"data.held_out={config.held_out} splits {tally.documents} documents into {numbers}; "
+            "give more documents, or change it (0 holds out none)"
+        )
+    return splits
 
 
 def field_of(source: Text | PythonStdlib) -> str:

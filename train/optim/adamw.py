@@ -15,11 +15,18 @@ def adamw(config: AdamW) -> optax.GradientTransformation:
 
     The gradient is clipped as a whole, by the norm over all parameters. Both moments have the dtype of the parameters.
     """
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
     )
+
+    def update(gradient: Any, state: optax.OptState, params: Any) -> tuple[Any, optax.OptState]:
+        # For the bias correction optax raises a float to the power of an integer, which strict promotion forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            return chain.update(gradient, state, params)
+
+    return optax.GradientTransformation(chain.init, update)
 
 
 def decays(params: Any) -> Any:

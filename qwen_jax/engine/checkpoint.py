@@ -18,7 +18,9 @@ from qwen_jax.text import Tokenizer
 from qwen_jax.weights.checkpoint import open_checkpoint
 
 
-def load(path: Path, *, mesh: Mesh, dtype: DType | None = None, warn: Callable[[str], None]) -> tuple[Engine, Tokenizer]:
+def load(
+    path: Path, *, mesh: Mesh, dtype: DType | None = None, warn: Callable[[str], None]
+) -> tuple[Engine, Tokenizer]:
     """The engine and the tokenizer of a checkpoint.
 
     Args:

@@ -1,0 +1,132 @@
+"""The frame of every benchmark against a peer: two programs in turn, one table, one verdict per bar.
+
+The two sides run in processes of their own, since their thread pools would fight over the cores, and alternate, so
+that a machine that slows down slows both. The least of several medians is compared: noise only ever adds time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+# The model of the benchmarks: the width of Qwen2.5-0.5B, half its depth, 208 million parameters.
+SHAPE = dict(width=896, num_heads=14, num_kv_heads=2, mlp_width=4864, num_layers=12, vocab_size=32768)
+THREADS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """`ours / theirs` (or its inverse, for rates) that must be reached in one measure."""
+
+    name: str
+    ours: Sequence[str]  # settings, the best of which counts
+    theirs: Sequence[str]
+    measure: str
+    goal: float
+    higher_is_better: bool = False
+
+
+def require(*packages: str) -> None:
+    """Ends the program, naming what is not installed."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        sys.exit(f"missing: {', '.join(missing)}. The peer runs beside us: pip install -e '.[parity]'")
+
+
+def one_side(sides: Mapping[str, Callable[[], Mapping[str, float]]]) -> None:
+    """In a child process: runs the side that is named on the command line, prints its figures, and ends."""
+    if len(sys.argv) == 3 and sys.argv[1] == "--side":
+        print(json.dumps(sides[sys.argv[2]]()))
+        raise SystemExit(0)
+
+
+def compare(sides: Sequence[str], bars: Sequence[Bar], *, rounds: int, units: Mapping[str, str]) -> int:
+    """Runs all sides in turn, prints the table and the bars. The exit code: 1 if any bar is short."""
+    figures: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(THREADS), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    for number in range(rounds):
+        for side in sides:
+            print(f"round {number + 1} of {rounds}: {side} …", file=sys.stderr, flush=True)
+            done = subprocess.run([sys.executable, sys.argv[0], "--side", side], env=env, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
+            figures[side].append(json.loads(done.stdout.splitlines()[-1]))
+    print(f"\nall figures are seconds, the least of {rounds} rounds (in brackets: the most)\n")
+    print("side".ljust(22), *(name.rjust(24) for name in units))
+    best: dict[str, dict[str, float]] = {}
+    for side, rows in figures.items():
+        best[side] = {name: min(row[name] for row in rows) for name in rows[0]}
+        cells = (f"{best[side][n]:.4f} ({max(row[n] for row in rows):.4f})" if n in best[side] else "-" for n in units)
+        print(side.ljust(22), *(cell.rjust(24) for cell in cells))
+    print()
+    for name, meaning in units.items():
+        print(f"{name}: {meaning}")
+    print()
+    short = False
+    for bar in bars:
+        ours, theirs = (min(best[side][bar.measure] for side in names) for names in (bar.ours, bar.theirs))
+        figure = theirs / ours if bar.higher_is_better else ours / theirs
+        reached = figure >= bar.goal if bar.higher_is_better else figure <= bar.goal
+        short |= not reached
+        print(f"BAR {bar.name} {figure:.2f} {'>=' if bar.higher_is_better else '<='}{bar.goal:.2f} {'ok' if reached else 'short'}")
+    return int(short)
+
+
+def median_seconds(call: Callable[[], object], *, times: int, warm_up: int = 1) -> float:
+    """The median duration of `call`, which must return only when its work is done."""
+    import statistics
+    import time
+
+    for _ in range(warm_up):
+        call()
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def torch_model(dtype: str):
+    """The peer's model of `SHAPE`, on `THREADS` threads."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()
+    config = transformers.Qwen2Config(
+        hidden_size=SHAPE["width"],
+        num_attention_heads=SHAPE["num_heads"],
+        num_key_value_heads=SHAPE["num_kv_heads"],
+        intermediate_size=SHAPE["mlp_width"],
+        num_hidden_layers=SHAPE["num_layers"],
+        vocab_size=SHAPE["vocab_size"],
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        attn_implementation="sdpa",
+    )
+    return transformers.Qwen2ForCausalLM(config).to(getattr(torch, dtype))
+
+
+def our_config(*, param_dtype: str, dtype: str):
+    """Our model of `SHAPE`."""
+    from qwen_jax.config import ModelConfig, Rope
+
+    return ModelConfig(
+        **SHAPE,
+        head_dim=SHAPE["width"] // SHAPE["num_heads"],
+        max_position=4096,
+        norm_eps=1e-6,
+        qkv_bias=True,
+        qk_norm=False,
+        tie_embeddings=True,
+        rope=Rope(theta=10000.0),
+        param_dtype=param_dtype,
+        dtype=dtype,
+    )

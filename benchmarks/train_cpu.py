@@ -1,0 +1,99 @@
+"""One training step on CPU beside Hugging Face transformers on PyTorch: forward, backward and AdamW, 2 rows of 512.
+
+    python benchmarks/train_cpu.py
+
+The peer runs in its best setting of each kind: fused AdamW, scaled-dot-product attention; for bfloat16 both bfloat16
+weights and float32 weights under autocast, of which the faster counts.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from side_by_side import SHAPE, Bar, compare, median_seconds, one_side, our_config, require, torch_model
+
+ROWS, LENGTH, STEPS = 2, 512, 4
+
+
+def ours(param_dtype: str, dtype: str) -> dict[str, float]:
+    """The step that `python -m train` runs."""
+    import jax
+    import numpy as np
+
+    from qwen_jax import sharding
+    from train import objectives, optim
+    from train.config import AdamW, Checkpointing, Cosine, Evaluation, TrainConfig
+    from train.data.config import Data, PythonStdlib, TrainBPE
+    from train.step import initial_state, make_train_step
+
+    config = TrainConfig(
+        run_dir="",
+        model=our_config(param_dtype=param_dtype, dtype=dtype),
+        data=Data(source=PythonStdlib(), tokenizer=TrainBPE(vocab_size=SHAPE["vocab_size"]), sequence_length=LENGTH),
+        batch_size=ROWS,
+        steps=100,
+        optimizer=AdamW(peak_lr=1e-4),
+        schedule=Cosine(warmup_steps=10),
+        checkpoint=Checkpointing(every=100),
+        evaluation=Evaluation(every=100),
+    )
+    ids = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (ROWS, LENGTH + 1), dtype=np.int32)
+    ones = np.ones((1, ROWS, LENGTH), np.int32)
+    batch = {
+        "tokens": ids[None, :, :-1],
+        "targets": ids[None, :, 1:],
+        "positions": np.arange(LENGTH, dtype=np.int32) * ones,
+        "segments": ones,
+        "weights": ones.astype(np.float32),
+    }
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+        optimizer = optim.adamw(config.optimizer)
+        state = initial_state(config.model_config, optimizer, seed=0, unroll=True)
+        schedule = optim.cosine(config.schedule, peak=config.optimizer.peak_lr, steps=config.steps)
+        train_step = make_train_step(objectives.make(config), optimizer, schedule)
+        batch = jax.tree.map(jax.numpy.asarray, batch)
+
+        def step() -> None:
+            nonlocal state
+            state, metrics = train_step(state, batch)
+            metrics["loss"].block_until_ready()
+
+        return {"step": median_seconds(step, times=STEPS)}
+
+
+def theirs(dtype: str, autocast: bool) -> dict[str, float]:
+    import torch
+
+    net = torch_model(dtype).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(0, SHAPE["vocab_size"], (ROWS, LENGTH))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = net(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return {"step": median_seconds(step, times=STEPS)}
+
+
+SIDES = {
+    "ours float32": functools.partial(ours, "float32", "float32"),
+    "torch float32": functools.partial(theirs, "float32", False),
+    "ours mixed bfloat16": functools.partial(ours, "float32", "bfloat16"),
+    "ours bfloat16": functools.partial(ours, "bfloat16", "bfloat16"),
+    "torch bfloat16": functools.partial(theirs, "bfloat16", False),
+    "torch autocast": functools.partial(theirs, "float32", True),
+}
+BARS = [
+    Bar("train_float32_time", ["ours float32"], ["torch float32"], "step", 0.65),
+    Bar("train_bfloat16_time", ["ours mixed bfloat16", "ours bfloat16"], ["torch bfloat16", "torch autocast"], "step", 1.0),
+]
+
+if __name__ == "__main__":
+    one_side(SIDES)
+    require("torch", "transformers")
+    units = {"step": f"seconds per optimiser step of {ROWS} x {LENGTH} tokens, clipping included on both sides"}
+    raise SystemExit(compare(list(SIDES), BARS, rounds=2, units=units))

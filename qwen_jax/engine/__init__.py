@@ -1,0 +1,24 @@
+"""Decoding: prompts to tokens, and tokens to text.
+
+decode      prefill and step, compiled; token ids only
+completion  text as it is made, up to the end of the text or a stop string
+stop        stop strings in text that arrives in pieces
+checkpoint  an engine and its tokenizer from a checkpoint
+"""
+
+from qwen_jax.engine.checkpoint import load
+from qwen_jax.engine.completion import Completion, generate
+from qwen_jax.engine.decode import Engine
+from qwen_jax.engine.stop import StopStrings
+from qwen_jax.ops.sampling import Sampling
+
+__all__ = [
+    # The model, ready to decode
+    "Engine",
+    "load",
+    # How tokens are chosen, and what comes of them
+    "Sampling",
+    "Completion",
+    "StopStrings",
+    "generate",
+]

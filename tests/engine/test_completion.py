@@ -1,0 +1,104 @@
+"""Completions from scripted tokens: text, counts and reasons, whatever stops them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_jax.engine import Completion, Sampling, generate
+from qwen_jax.text import train_bpe
+
+TOKENIZER = train_bpe(["low lower lowest, newer newest wider. " * 3], vocab_size=276)
+END = TOKENIZER.end_of_text
+
+
+class Scripted:
+    """An engine whose rows say what they were told to."""
+
+    def __init__(self, *rows):
+        self.rows = rows
+        self.steps = 0
+
+    def decode(self, prompts, sampling, *, seed, rows, max_new_tokens):
+        for column in np.array(self.rows, np.int32).T[:max_new_tokens]:
+            self.steps += 1
+            yield column
+
+
+def completed(engine, *, stops=(), max_new_tokens=100, show=lambda index, piece: None):
+    completions = [Completion(TOKENIZER, stops) for _ in engine.rows]
+    generate(
+        engine, [[1]] * len(completions), completions, Sampling(), seed=0, rows=range(len(completions)),
+        max_new_tokens=max_new_tokens, show=show,
+    )  # fmt: skip
+    return completions
+
+
+def padded(text, length):
+    ids = TOKENIZER.encode(text)
+    return ids + [END] * (length - len(ids))
+
+
+@given(
+    ids=st.lists(st.integers(0, TOKENIZER.num_tokens - 1), min_size=1, max_size=30),
+    stops=st.lists(st.sampled_from(["low", "er ", "we", "�", "est, n"]), max_size=2),
+)
+def test_text_is_the_decoded_tokens_up_to_the_first_end(ids, stops):
+    pieces = []
+    (made,) = completed(Scripted(ids), stops=stops, show=lambda index, piece: pieces.append(piece))
+    before_end = ids[: ids.index(END)] if END in ids else ids
+    text = TOKENIZER.decode(before_end)
+    cut = min((text.find(stop) for stop in stops if stop in text), default=len(text))
+
+    assert made.text == text[:cut] == "".join(pieces)
+    assert made.finish_reason == ("stop" if cut < len(text) or END in ids else "length")
+    assert made.num_tokens <= len(before_end) + (END in ids)
+    if not stops:
+        assert made.num_tokens == len(before_end) + (END in ids)
+
+
+def test_finished_rows_say_no_more_and_the_last_one_ends_it():
+    engine = Scripted(padded("low", 20), padded("newer lower", 20))
+    pieces = {0: "", 1: ""}
+
+    def show(index, piece):
+        pieces[index] += piece
+
+    short, long = completed(engine, show=show)
+    assert (short.text, long.text) == ("low", "newer lower") == (pieces[0], pieces[1])
+    assert (short.num_tokens, long.num_tokens) == tuple(len(TOKENIZER.encode(t)) + 1 for t in ("low", "newer lower"))
+    assert engine.steps == long.num_tokens
+
+
+def test_limit_gives_back_the_text_that_was_held():
+    ids = TOKENIZER.encode("newest lo")
+    (made,) = completed(Scripted(ids + TOKENIZER.encode("w")), stops=["low"], max_new_tokens=len(ids))
+    assert (made.text, made.finish_reason, made.num_tokens) == ("newest lo", "length", len(ids))
+
+
+def test_half_a_character_at_the_limit_is_one_replacement():
+    ids = TOKENIZER.encode("é")
+    assert len(ids) == 2
+    (made,) = completed(Scripted(ids), max_new_tokens=1)
+    assert made.text == "�"
+
+
+def test_interruption_keeps_what_was_made():
+    completion = Completion(TOKENIZER, ["lower"])
+    shown = "".join(completion.push(token) for token in TOKENIZER.encode("wider low"))
+    assert shown == "wider "
+    assert completion.end("interrupted") == "low"
+    assert (completion.text, completion.finish_reason) == ("wider low", "interrupted")
+    assert completion.end("length") == "" and completion.finish_reason == "interrupted"
+
+
+def test_the_engine_is_left_at_once_when_interrupted():
+    def interrupt(index, piece):
+        raise KeyboardInterrupt
+
+    engine = Scripted(padded("newer", 9))
+    with pytest.raises(KeyboardInterrupt):
+        completed(engine, show=interrupt)
+    assert engine.steps == 1

@@ -1,0 +1,217 @@
+"""`python -m infer generate`: what comes out, in which form, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import infer.generate
+from infer.__main__ import main
+from qwen_jax.errors import run_command
+
+ROOT = Path(__file__).parents[2]
+SHORT = ["--max-new-tokens", "9", "--batch-size", "2"]
+
+
+@pytest.fixture
+def command(run_folder, capsys, monkeypatch):
+    """Runs `infer generate` on the run folder; exit code, stdout, stderr."""
+
+    def run(*arguments, stdin=b"", model=run_folder):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = run_command("infer", lambda: main(["generate", str(model), *map(str, arguments)]))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def rows(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_one_prompt_streams_its_completion_alone(command):
+    code, out, err = command("--prompt", "low", *SHORT)
+    assert code == 0 and len(out) > 1 and out.endswith("\n") and "\033" not in out
+    assert err.startswith("9 tokens in")
+    assert command("--prompt", "low", *SHORT)[1] == out
+    assert command("--prompt", "low", *SHORT, "--seed", 1)[1] != out
+
+
+def test_every_form_of_output_has_the_same_completions(command, tmp_path):
+    prompts = ["low", "newer\nwider", ""]
+    asked = [item for prompt in prompts for item in ("--prompt", prompt)]
+    code, _, err = command(*asked, "--output", tmp_path / "out.jsonl", *SHORT)
+    assert code == 0, err
+    written = rows((tmp_path / "out.jsonl").read_text())
+    assert [(row["index"], row["sample"], row["prompt"]) for row in written] == [
+        (0, 0, "low"), (1, 0, "newer\nwider"), (2, 0, "")
+    ]  # fmt: skip
+    for row in written:
+        assert list(row) == [
+            "index", "sample", "prompt", "completion", "finish_reason", "prompt_tokens", "completion_tokens", "seed"
+        ]  # fmt: skip
+        assert row["finish_reason"] in ("stop", "length") and row["seed"] == 0
+        assert row["completion_tokens"] == 9 or row["finish_reason"] == "stop"
+    assert written[2]["prompt_tokens"] == 1  # an empty prompt starts from <|endoftext|>
+
+    stdin = "".join(json.dumps({"prompt": prompt, "id": 3}) + "\r\n\n" for prompt in prompts).encode()
+    code, out, _ = command("--input", "-", *SHORT, stdin=stdin)
+    assert code == 0 and rows(out) == written
+
+    code, out, _ = command(*asked, *SHORT, "--batch-size", 1)
+    sections = "".join(
+        f"== {n}: {title}\n{row['completion']}\n\n"
+        for n, title, row in zip((1, 2, 3), ("low", "newer wider", ""), written, strict=True)
+    )
+    assert code == 0 and out == sections
+
+    (tmp_path / "prompts.txt").write_text("\ufefflow\n\n  wider\n", encoding="utf-8")
+    code, out, _ = command("--input", tmp_path / "prompts.txt", *SHORT)
+    assert code == 0 and out.startswith(f"== 1: low\n{written[0]['completion']}\n\n== 2: wider\n")
+
+
+def test_samples_of_a_prompt_differ_and_are_numbered(command, tmp_path):
+    code, out, _ = command("--prompt", "low", "--prompt", "wider", "--n", 2, "--output", tmp_path / "o", *SHORT)
+    assert code == 0 and out == ""
+    written = rows((tmp_path / "o").read_text())
+    assert [(row["index"], row["sample"]) for row in written] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert written[0]["completion"] != written[1]["completion"]
+    assert command("--prompt", "low", "--n", 2, *SHORT)[1].startswith("== 1.1: low\n")
+
+
+def test_stop_string_ends_the_text_before_it(command):
+    _, whole, _ = command("--prompt", "low", *SHORT)
+    stop = whole[3:5]
+    code, out, err = command("--prompt", "low", "--stop", stop, "--stop", "never", *SHORT)
+    assert code == 0 and out == whole[: whole.index(stop)] + "\n"
+    assert err.rstrip().endswith("stop")
+
+
+def test_greedy_does_not_depend_on_the_seed_and_bfloat16_runs(command):
+    greedy = ("--prompt", "low", "--temperature", 0, *SHORT)
+    assert command(*greedy)[1] == command(*greedy, "--seed", 5)[1]
+    code, _, err = command(*greedy, "--dtype", "bfloat16")
+    assert code == 0 and "9 tokens" in err
+
+
+def test_every_place_of_the_checkpoint_may_be_named(command, run_folder):
+    places = [run_folder, run_folder / "checkpoints", run_folder / "checkpoints" / "00000007"]
+    assert len({command("--prompt", "low", *SHORT, model=place)[:2] for place in places}) == 1
+
+
+def test_without_a_limit_the_room_in_the_model_is_one(command):
+    code, _, err = command("--prompt", "l", "--temperature", 0)
+    assert code == 0 and err.startswith("63 tokens") and err.endswith("length\n")
+
+
+def test_interruption_keeps_what_was_made(command, tmp_path, monkeypatch):
+    class Interrupted(infer.generate.Completion):
+        def push(self, token):
+            if self.num_tokens == 4:
+                raise KeyboardInterrupt
+            return super().push(token)
+
+    _, whole, _ = command("--prompt", "low", *SHORT)
+    monkeypatch.setattr(infer.generate, "Completion", Interrupted)
+    code, out, err = command("--prompt", "low", *SHORT)
+    assert code == 130 and len(out) > 1 and whole.startswith(out.rstrip("\n")) and "interrupted" in err
+    code, _, _ = command(*["--prompt", "low"] * 5, "--output", tmp_path / "o", *SHORT)
+    assert code == 130
+    written = rows((tmp_path / "o").read_text())
+    assert [(row["finish_reason"], row["completion_tokens"]) for row in written] == [("interrupted", 4)] * 2
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        ([], 2, "no prompt; give --prompt"),
+        (["--prompt", "a", "--temperature", "-1"], 2, "temperature=-1.0 must be"),
+        (["--prompt", "a", "--temperature", "nan"], 2, "temperature=nan must be"),
+        (["--prompt", "a", "--top-p", "0"], 2, "top_p=0.0 must be above 0"),
+        (["--prompt", "a", "--min-p", "2"], 2, "min_p=2.0 must be"),
+        (["--prompt", "a", "--top-k", "-3"], 2, "top_k=-3 must not be negative"),
+        (["--prompt", "a", "--repetition-penalty", "0"], 2, "repetition_penalty=0.0 must be above 0"),
+        (["--prompt", "a", "--stop", ""], 2, "stop string must not be empty"),
+        (["--prompt", "a", "--max-new-tokens", "0"], 2, "--max-new-tokens: 0 must be 1 or more"),
+        (["--prompt", "a", "--seed", "-1"], 2, "--seed: -1 must be 0 or more"),
+        (["--prompt", "a", "--seed", str(2**32)], 2, "at most 4294967295"),
+        (["--prompt", "a", "--n", "x"], 2, "--n: invalid integer value: 'x'"),
+        (["--prompt", "a", "--temp", "1"], 2, "unrecognized arguments: --temp 1"),
+        (["--prompt", "a", "--max-new-tokens", "64"], 3, "--prompt 1: .* 1 tokens and 64 new ones.*at most 63"),
+        (["--prompt", "a", "--prompt", "a " * 70], 3, "--prompt 2: a prompt of .* at most 63 fit"),
+        (["--prompt", "a\udcff"], 3, "--prompt 1: character 2 of the prompt is not valid UTF-8"),
+        (["--input", "nowhere.txt"], 4, "cannot read prompts from nowhere.txt: No such file"),
+        (["--prompt", "a", "--output", "no/folder/o"], 4, "cannot write completions to no/folder/o: No such file"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_line_and_their_exit_code(command, arguments, code, message):
+    got, out, err = command(*arguments)
+    assert (got, out) == (code, "")
+    assert err.startswith("infer: error: ") and err.count("\n") == 1
+    assert re.search(message, err), err
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b'{"prompt": "a"}\n{"prompt": \n', "standard input:2: not JSON"),
+        (b'{"prompt": "a"}\n\n[1]\n', "standard input:3: the row has list"),
+        (b'{"prompt": "a"}\n{"text": "b", "id": 1}\n', "standard input:2: the row has keys text, id"),
+        (b'{"prompt": ["a"]}\n', "standard input:1: the prompt is list"),
+        (b'{"prompt": "\\ud800"}\n', "standard input:1: character 1"),
+        (b'{"prompt": ' + b"[" * 100_000, "standard input:1: not JSON"),
+        (b"fine\nnot \xff\n", "standard input:2: not UTF-8"),
+        (b"\n \n", "standard input has no prompts"),
+        (b"", "standard input has no prompts"),
+    ],
+)
+def test_bad_rows_are_named_by_line(command, data, message):
+    code, out, err = command("--input", "-", stdin=data)
+    assert (code, out) == (3, "")
+    assert err.startswith(f"infer: error: {message}") and err.count("\n") == 1, err
+
+
+def test_a_file_named_jsonl_is_held_to_it(command, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("just text\n")
+    code, _, err = command("--input", tmp_path / "prompts.jsonl")
+    assert code == 3 and "prompts.jsonl:1: not JSON" in err
+
+
+def test_a_terminal_shows_the_prompt_faintly_unless_told_not_to(command, monkeypatch):
+    _, plain, _ = command("--prompt", "low", *SHORT)
+    monkeypatch.setattr(infer.generate.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert command("--prompt", "low", *SHORT)[1] == f"\033[2mlow\033[0m{plain}"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert command("--prompt", "low", *SHORT)[1] == f"low{plain}"
+
+
+def test_a_reader_that_leaves_and_a_file_that_is_full_as_processes(run_folder):
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    program = [sys.executable, "-m", "infer", "generate", str(run_folder), "--prompt", "low", *SHORT]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(program, cwd=ROOT, env=environment, **pipes) as piped:
+        piped.stdout.close()
+        assert piped.stderr.read() == b""
+    assert piped.returncode == 0
+    full = subprocess.run(
+        [*program, "--output", "/dev/full"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert full.returncode == 4
+    assert full.stderr == "infer: error: cannot write completions to /dev/full: No space left on device\n"
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(command, monkeypatch):
+    monkeypatch.setattr(
+        "qwen_jax.engine.checkpoint.Tokenizer.from_bytes", lambda data: argparse.Namespace(num_tokens=289)
+    )
+    code, _, err = command("--prompt", "low")
+    assert code == 3 and "its tokenizer has 289 tokens and its model a vocabulary of 288" in err

@@ -1,0 +1,219 @@
+"""Properties of the forward pass that hold for every Qwen."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax import model, sharding
+from qwen_jax.config import Rope
+from qwen_jax.ops.loss import chunked_cross_entropy
+from tests.conftest import tiny_config
+
+# float32 sums taken in another order: a few units in the last place of numbers of size one.
+ROUNDING = dict(rtol=1e-5, atol=1e-6)
+ATTENTION = ("xla", "reference")
+
+
+def parameters(config):
+    """Parameters far from their start: scales, biases and all. Drawn outside jax, which would compile each shape."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, x):
+        start = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(start + 0.15 * rng.normal(size=x.shape), x.dtype)
+
+    return jax.tree.map_with_path(draw, model.abstract(config))
+
+
+forward = jax.jit(model.forward, static_argnames=("config", "remat", "attention"))
+
+
+def hidden_states(config, params, tokens, positions=None, **kwargs):
+    tokens = jnp.asarray(tokens, jnp.int32)
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return forward(config, params, tokens, jnp.asarray(positions, jnp.int32), **kwargs)
+
+
+def ids(*shape, seed=0, vocab=96):
+    return np.random.default_rng(seed).integers(0, vocab, shape).astype(np.int32)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("windows", [(), (0, 3, 5)])
+def test_no_gradient_flows_from_a_token_to_an_earlier_one(mesh, attention, windows):
+    config = tiny_config(windows=windows)
+    params = parameters(config)
+    tokens = ids(1, 9)
+
+    def output_at(table, t):
+        # Each token has its own row of the table, so a row's gradient is that token's.
+        own = params | {"embed": {"w": table}}
+        hidden, _ = hidden_states(config, own, np.arange(9)[None], attention=attention)
+        at_t = jnp.arange(9)[None, :, None] == t
+        return jnp.where(at_t, hidden**2, 0).sum()
+
+    table = params["embed"]["w"].at[jnp.arange(9)].set(params["embed"]["w"][tokens[0]])
+    gradient = jax.jit(jax.grad(output_at))
+    for t in (0, 3, 7):
+        by_token = np.abs(gradient(table, t)).sum(axis=1)[:9]
+        assert (by_token[t + 1 :] == 0).all()
+        assert by_token[t] > 0
+        if not windows:
+            assert (by_token[: t + 1] > 0).all()
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("scan", [True, False])
+def test_packed_documents_equal_separate_ones(mesh, attention, scan):
+    config = tiny_config()
+    params = parameters(config)
+    params = params if scan else model.unstack_layers(params)
+    lengths = (5, 1, 7)
+    documents = [ids(1, n, seed=n) for n in lengths]
+    packed = np.concatenate(documents, axis=1)
+    positions = np.concatenate([np.arange(n) for n in lengths])[None]
+    segments = np.repeat(np.arange(1, 4), lengths)[None].astype(np.int32)
+
+    def loss_packed(params):
+        hidden, _ = hidden_states(config, params, packed, positions, segments=jnp.asarray(segments), attention=attention)
+        return (jnp.sin(hidden) ** 3).sum(), hidden
+
+    def loss_separate(params):
+        hidden = [hidden_states(config, params, document, attention=attention)[0] for document in documents]
+        hidden = jnp.concatenate(hidden, axis=1)
+        return (jnp.sin(hidden) ** 3).sum(), hidden
+
+    (_, together), packed_gradient = jax.jit(jax.value_and_grad(loss_packed, has_aux=True))(params)
+    (_, apart), separate_gradient = jax.jit(jax.value_and_grad(loss_separate, has_aux=True))(params)
+    np.testing.assert_allclose(together, apart, **ROUNDING)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), packed_gradient, separate_gradient)
+
+
+MESHES = [
+    dict(fsdp=4, tensor=2),
+    dict(data=2, fsdp=2, tensor=2),
+    dict(context=2, fsdp=2),
+    dict(tensor=4),  # more ways than kv heads
+    dict(expert=2, context=4),
+]
+
+
+def loss_and_norm(config, sizes, layout):
+    devices = jax.devices()[: int(np.prod(list(sizes.values()), dtype=int))]
+    rows, length = 8, 16
+    tokens = ids(rows, length + 1)
+    positions = np.tile(np.arange(length, dtype=np.int32) % 10, (rows, 1))
+    segments = np.tile(1 + np.arange(length, dtype=np.int32) // 10, (rows, 1))
+    weights = np.linspace(0, 1, rows * length, dtype=np.float32).reshape(rows, length)
+
+    def loss(params, tokens, targets, positions, segments, weights):
+        hidden, _ = model.forward(config, params, tokens, positions, segments=segments)
+        return chunked_cross_entropy(hidden, model.head(params), targets, weights) / weights.sum()
+
+    with jax.set_mesh(sharding.make_mesh(devices=devices, **sizes)):
+        params = layout(jax.jit(lambda key: model.init(config, key))(jax.random.key(0)))
+        batch = [
+            sharding.put(x.shape, x.dtype, "bt", lambda index, x=x: x[index])
+            for x in (tokens[:, :-1], tokens[:, 1:], positions, segments, weights)
+        ]
+        value, gradient = jax.jit(jax.value_and_grad(loss))(params, *batch)
+        return float(value), float(jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(gradient))))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_and_gradient_norm_are_the_same_on_every_mesh(tied):
+    config = tiny_config(tie_embeddings=tied, width=64, vocab_size=128, mlp_width=64)
+    expected = loss_and_norm(config, {}, lambda tree: tree)
+    np.testing.assert_allclose(loss_and_norm(config, {}, model.unstack_layers), expected, rtol=1e-5)
+    for sizes in MESHES if tied else MESHES[1:3]:
+        np.testing.assert_allclose(loss_and_norm(config, sizes, lambda tree: tree), expected, rtol=1e-5, err_msg=sizes)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_remat_changes_no_gradient(mesh, remat, scan):
+    config = tiny_config()
+    params = parameters(config) if scan else model.unstack_layers(parameters(config))
+    loss = lambda params, remat: jnp.sum(hidden_states(config, params, ids(2, 8), remat=remat)[0] ** 2)
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient(params, remat), gradient(params, "none")
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, dict(windows=(0, 3, 5)), dict(qk_norm=True, qkv_bias=False, num_kv_heads=4)])
+def test_decoding_step_by_step_equals_one_full_pass(mesh, changes):
+    config = tiny_config(**changes)
+    params = model.unstack_layers(parameters(config))
+    tokens = ids(2, 12)
+    full, _ = hidden_states(config, params, tokens)
+    step = jax.jit(lambda params, tokens, positions, cache: model.forward(config, params, tokens, positions, cache=cache))
+    # Row 1's prompt is shorter: what pads it is overwritten before it can be seen.
+    prompts = np.where(np.arange(6) < [[6], [4]], tokens[:, :6], 0)
+    hidden, cache = step(params, prompts, np.tile(np.arange(6, dtype=np.int32), (2, 1)), model.make_cache(config, 2, 6))
+    np.testing.assert_allclose(hidden[0], full[0, :6], **ROUNDING)
+    np.testing.assert_allclose(hidden[1, :4], full[1, :4], **ROUNDING)
+    cache = cache.grow(12)
+    for t in range(6):
+        at = np.array([[6 + t], [4 + t]], np.int32)
+        hidden, cache = step(params, np.take_along_axis(tokens, at, axis=1), at, cache)
+        np.testing.assert_allclose(hidden[:, 0], full[np.arange(2), at[:, 0]], **ROUNDING)
+
+
+def test_layers_unstack_and_stack_to_the_same_tree(mesh):
+    params = parameters(tiny_config(num_layers=11))
+    again = model.stack_layers(model.unstack_layers({"mu": params, "count": 3}))
+    assert again["count"] == 3
+    jax.tree.map(np.testing.assert_array_equal, again["mu"], params)
+
+
+def test_parameter_count_is_the_configs():
+    for changes in ({}, dict(tie_embeddings=False), dict(qk_norm=True, qkv_bias=False)):
+        config = tiny_config(**changes)
+        with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+            leaves = jax.tree.leaves(model.abstract(config))
+        assert sum(x.size for x in leaves) == config.num_parameters
+
+
+def test_every_field_of_the_config_changes_the_output(mesh):
+    base = tiny_config(windows=(0, 0, 0))
+    tokens = ids(1, 16)
+    params = parameters(base)
+    output = lambda config, params: np.asarray(hidden_states(config, params, tokens)[0], np.float32)
+    expected = output(base, params)
+    same_tree = dict(norm_eps=1e-1, rope=Rope(theta=99.0), windows=(2, 2, 2), dtype="bfloat16")
+    for name, value in same_tree.items():
+        assert not np.array_equal(output(dataclasses.replace(base, **{name: value}), params), expected), name
+    other_tree = dict(
+        vocab_size=97, width=48, num_layers=2, num_heads=8, num_kv_heads=1, head_dim=6, mlp_width=8,
+        qkv_bias=False, qk_norm=True, tie_embeddings=False, param_dtype="bfloat16",
+    )  # fmt: skip
+    shapes = lambda config: jax.tree.map(lambda x: (x.shape, x.dtype), model.abstract(config))
+    for name, value in other_tree.items():
+        windows = (0,) * (value if name == "num_layers" else 3)
+        assert shapes(dataclasses.replace(base, **{name: value, "windows": windows})) != shapes(base), name
+    covered = {*same_tree, *other_tree}
+    # How far a prompt may reach is a limit the callers keep; it is no part of the function.
+    assert covered | {"max_position"} == {field.name for field in dataclasses.fields(base)}
+
+
+def test_a_token_outside_the_vocabulary_is_not_clamped(mesh):
+    config = tiny_config()
+    hidden, _ = hidden_states(config, parameters(config), np.array([[1, 2, 96], [1, 2, -1]]))
+    assert np.isnan(hidden[:, 2]).all() and np.isfinite(hidden[:, :2]).all()
+
+
+def test_bfloat16_is_close_to_float32(mesh):
+    config = tiny_config()
+    params = parameters(config)
+    exact, _ = hidden_states(config, params, ids(2, 12))
+    low, _ = hidden_states(dataclasses.replace(config, dtype="bfloat16"), params, ids(2, 12))
+    assert low.dtype == jnp.bfloat16
+    # bfloat16 keeps 8 bits: a relative step of 2^-8, some layers deep, on outputs of size one.
+    assert np.abs(exact - low.astype(jnp.float32)).mean() < 0.03

@@ -1,0 +1,45 @@
+"""Configs that cannot run are refused in sentences, before anything is loaded."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwen_jax import bindings
+from qwen_jax.errors import ConfigError
+from train.config import TrainConfig
+
+
+@pytest.mark.parametrize(
+    "path, value, sentence",
+    [
+        ("steps", 0, "steps=0 must be at least 1"),
+        ("accumulation", 3, "batch_size=8 must be a multiple of accumulation=3"),
+        ("mesh.fsdp", 16, "a micro-batch has 8 rows .* multiple of .* = 16"),
+        ("mesh.context", 3, "data.sequence_length=16 must be a multiple of mesh.context=3"),
+        ("mesh.tensor", 4, "model.num_heads=2 must be a multiple of mesh.tensor=4"),
+        ("mesh.tensor", 0, "tensor=0 must be at least 1"),
+        ("data.sequence_length", 33, "data.sequence_length=33 must not exceed model.max_position=32"),
+        ("schedule.warmup_steps", 6, "warmup_steps=6 must be below steps=6"),
+        ("schedule.final_fraction", 1.5, "final_fraction=1.5 must be between 0 and 1"),
+        ("optimizer.peak_lr", 0.0, "peak_lr=0.0 must be above 0"),
+        ("optimizer.b2", 1.0, "b2=1.0 must be at least 0 and below 1"),
+        ("checkpoint.keep", 0, "keep=0 must be at least 1"),
+        ("model.param_dtype", "bfloat16", "would lose most updates to rounding"),
+        ("run_dir", "", "run_dir is empty"),
+    ],
+)
+def test_refused(config, change, path, value, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        change(config, path, value)
+
+
+def test_micro_batches_and_rows_are_split_together(config, change):
+    fine = change(config, "mesh.data", 4)
+    with pytest.raises(ConfigError, match="a micro-batch has 2 rows"):
+        change(fine, "accumulation", 4)
+
+
+def test_rendered_config_reads_back_equal(config, tmp_path):
+    file = tmp_path / "again.gin"
+    file.write_text(bindings.render(config, {}))
+    assert bindings.resolve(TrainConfig, bindings.read(file))[0] == config

@@ -1,0 +1,166 @@
+"""Whole runs, in this process: what resuming, stopping and failing leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from qwen_jax import bindings
+from qwen_jax.errors import INTERRUPTED, SAVED_PLEASE_RESTART, ConfigError, FileError, NumericalError
+from qwen_jax.weights.checkpoint import Checkpoints
+from train import run as run_module
+from train.config import Mesh
+from train.record import METRICS
+
+TIMINGS = ("seconds", "tokens_per_second")
+
+pytestmark = pytest.mark.usefixtures("enough_devices")
+
+
+def run(config, **options) -> int:
+    return run_module.run(config, bindings.render(config), **options)
+
+
+def record(config) -> list[dict]:
+    lines = (Path(config.run_dir) / METRICS).read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+
+
+def steps(config) -> list[int]:
+    return Checkpoints(Path(config.run_dir) / "checkpoints", warn=pytest.fail).steps()
+
+
+def final_arrays(config) -> dict[str, bytes]:
+    """Every array file of the last checkpoint, loaded as what it says it is."""
+    from qwen_jax import model, sharding
+    from train import optim
+
+    checkpoint = Checkpoints(Path(config.run_dir) / "checkpoints", warn=pytest.fail).latest_valid()
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+        like = model.abstract(config.model_config)
+        optimizer = jax.eval_shape(optim.adamw(config.optimizer).init, like)
+        trees = checkpoint.load("params", like), checkpoint.load("optimizer", optimizer)
+    return {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree_util.tree_leaves_with_path(trees)}
+
+
+@contextlib.contextmanager
+def when_step(step, action):
+    """Inside it, a run calls `action` as it is about to take its step number `step`, counted from 0."""
+    put = run_module.put_batch
+
+    def put_batch(rows, n, config):
+        if n == step:
+            action()
+        return put(rows, n, config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "put_batch", put_batch)
+        yield
+
+
+def test_stopped_and_resumed_equals_unbroken_bit_for_bit(config, change, tmp_path):
+    broken = change(config, "run_dir", str(tmp_path / "broken"))
+    assert run(config) == 0
+    with when_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert run(broken) == SAVED_PLEASE_RESTART
+    assert steps(broken)[-1] == 3, "saved at the next step boundary, between the scheduled checkpoints"
+    assert [row["step"] for row in record(broken)] == [1, 2, 3], "the evaluation of step 3 is left to the next start"
+    assert run(broken, resume=True) == 0
+    assert record(broken) == record(config)
+    assert final_arrays(broken) == final_arrays(config)
+
+
+def test_what_a_crash_wrote_beyond_its_checkpoint_is_written_once(config, change, tmp_path):
+    broken = change(change(config, "run_dir", str(tmp_path / "broken")), "checkpoint.every", 3)
+
+    def crash():
+        raise RuntimeError("power cut")
+
+    assert run(config) == 0
+    with when_step(5, crash), pytest.raises(RuntimeError, match="power cut"):
+        run(broken)
+    path = Path(broken.run_dir) / METRICS
+    assert (record(broken)[-1]["step"], steps(broken)) == (4, [3])
+    path.write_bytes(path.read_bytes()[:-7])
+    assert run(broken) == 0
+    assert record(broken) == record(config)
+
+
+def test_run_goes_on_with_another_mesh(config, change, tmp_path):
+    """One device up to step 3, then eight: rows, weights and heads each split two ways."""
+    moved = change(config, "run_dir", str(tmp_path / "moved"))
+    assert run(config) == 0
+    with when_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        run(moved)
+    assert run(change(moved, "mesh", Mesh(data=2, fsdp=2, tensor=2)), resume=True) == 0
+    # float32 sums in another order, and three steps of Adam on what they differ by
+    for there, here in zip(record(moved), record(config), strict=True):
+        assert there == pytest.approx(here, rel=1e-4)
+
+
+def test_interrupt_saves_and_says_130(config):
+    with when_step(2, lambda: os.kill(os.getpid(), signal.SIGINT)):
+        assert run(config) == INTERRUPTED
+    assert steps(config)[-1] == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("bad, saved", [(1, []), (3, [2])])
+def test_first_non_finite_loss_ends_the_run_and_is_not_saved(config, monkeypatch, bad, saved):
+    put = run_module.put_batch
+
+    def poisoned(rows, n, config):
+        batch = put(rows, n, config)
+        return batch | {"weights": batch["weights"] * np.float32("nan")} if n == bad else batch
+
+    monkeypatch.setattr(run_module, "put_batch", poisoned)
+    with pytest.raises(NumericalError, match=f"step {bad + 1}: the loss is nan"):
+        run(config)
+    assert steps(config) == saved
+    assert record(config)[-1]["step"] == bad
+
+
+def test_complete_run_only_reports(config, capsys):
+    assert run(config) == 0
+    before, first = record(config), capsys.readouterr().out
+    assert run(config) == 0
+    assert record(config) == before
+    assert capsys.readouterr().out == first
+    assert "bits per byte" in first and "python -m infer generate" in first
+    assert (Path(config.run_dir) / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_config_is_refused_naming_the_field_and_both_values(config, change):
+    assert run(config) == 0
+    before = record(config)
+    with pytest.raises(ConfigError, match=r"optimizer\.peak_lr was 0\.01 and is now 0\.02"):
+        run(change(config, "optimizer.peak_lr", 0.02))
+    assert record(config) == before
+    assert run(change(config, "log_every", 2)) == 0
+
+
+def test_resume_wants_a_checkpoint_and_fresh_an_empty_directory(config):
+    with pytest.raises(ConfigError, match="--resume"):
+        run(config, resume=True)
+    assert run(config, fresh=True) == 0
+    with pytest.raises(ConfigError, match="--fresh"):
+        run(config, fresh=True)
+
+
+def test_unwritable_run_directory_is_found_before_anything_else(config, change, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(run_module, "prepare", pytest.fail)
+    with pytest.raises(FileError, match="choose another run_dir"):
+        run(change(config, "run_dir", str(tmp_path / "file" / "run")))
+
+
+def test_vocabulary_smaller_than_the_tokenizer_is_refused(config, change):
+    with pytest.raises(ConfigError, match=r"264 tokens and model\.vocab_size is 260"):
+        run(change(config, "model.vocab_size", 260))

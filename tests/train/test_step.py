@@ -1,0 +1,74 @@
+"""One optimiser step: however it is cut into micro-batches and layers, it is the same step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train import objectives, optim
+from train.step import initial_state, make_train_step
+
+# The same sums in float32 in another order; Adam's first step divides by |g|, which lifts rounding of small gradients.
+LOSS, PARAMS = 1e-6, 1e-4
+
+pytestmark = pytest.mark.usefixtures("compiled", "mesh")
+
+
+def batch(config, accumulation) -> dict[str, jax.Array]:
+    """Eight random rows, of which each next one has fewer targets that count."""
+    rng = np.random.default_rng(0)
+    shape = (8, config.data.sequence_length)
+    tokens, targets = rng.integers(0, config.model_config.vocab_size, (2, *shape), dtype=np.int32)
+    columns = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    weights = (columns < np.arange(1, 9)[:, None]).astype(np.float32)
+    arrays = {"tokens": tokens, "targets": targets, "positions": columns, "segments": np.ones(shape, np.int32)}
+    spec = jax.P(None, ("data", "fsdp", "expert"), "context")
+    put = lambda x: jax.device_put(x.reshape(accumulation, -1, shape[1]), jax.NamedSharding(jax.sharding.get_mesh(), spec))
+    return jax.tree.map(put, arrays | {"weights": weights})
+
+
+def one_step(config, *, accumulation=1, unroll=False, weights=None):
+    optimizer = optim.adamw(config.optimizer)
+    state = initial_state(config.model_config, optimizer, seed=0, unroll=unroll)
+    step = make_train_step(objectives.make(config), optimizer, lambda step: jnp.float32(0.01))
+    inputs = batch(config, accumulation)
+    if weights is not None:
+        inputs["weights"] = inputs["weights"] * np.float32(weights)
+    state, metrics = step(state, inputs)
+    return state, {name: float(value) for name, value in metrics.items()}
+
+
+def test_micro_batches_of_unequal_weight_add_up_to_the_whole(config):
+    whole, expected = one_step(config)
+    parts, metrics = one_step(config, accumulation=4)
+    assert expected["weight"] == 36
+    assert metrics == pytest.approx(expected, rel=LOSS * 10)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=PARAMS), parts.params, whole.params)
+
+
+def test_scanned_and_unrolled_layers_take_the_same_step(config):
+    _, scanned = one_step(config)
+    _, unrolled = one_step(config, unroll=True)
+    assert unrolled == pytest.approx(scanned, rel=LOSS * 10)
+
+
+def test_a_batch_without_targets_only_decays(config):
+    before = initial_state(config.model_config, optim.adamw(config.optimizer), seed=0, unroll=False).params
+    after, metrics = one_step(config, weights=0.0)
+    assert (metrics["loss"], metrics["grad_norm"], metrics["weight"]) == (0, 0, 0)
+    factor = jax.tree.map(lambda decays: 1 - 0.01 * 0.1 if decays else 1, optim.decays(before))
+    jax.tree.map(lambda a, b, f: np.testing.assert_allclose(a, b * f, rtol=1e-6), after.params, before, factor)
+
+
+def test_state_is_float32_when_activations_are_not(config):
+    half = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    optimizer = optim.adamw(half.optimizer)
+    state = jax.eval_shape(lambda: initial_state(half.model_config, optimizer, seed=0, unroll=False))
+    step = make_train_step(objectives.make(half), optimizer, lambda step: jnp.float32(0.01))
+    after, metrics = jax.eval_shape(step, state, batch(half, 1))
+    moments = [x for x in jax.tree.leaves((state.optimizer, after.optimizer)) if x.ndim]
+    assert {x.dtype for x in jax.tree.leaves((after.params, metrics, moments))} == {jnp.dtype("float32")}

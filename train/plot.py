@@ -1,0 +1,51 @@
+"""loss.png: the curves of a run beside what the simplest models reach."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from train.record import METRICS, rows
+
+IMAGE = "loss.png"
+_TRAIN, _HELD_OUT, _GREY = "#7a9cc6", "#b8323a", "#6b6b6b"
+_SMOOTHED_POINTS = 100  # the training curve is averaged to about this many: a single batch says little
+
+
+def draw(directory: Path, *, entropies: tuple[float, float] | None) -> None:
+    """Draws the metrics.jsonl of a run directory to loss.png there.
+
+    Args:
+      directory: the run directory.
+      entropies: (unigram, bigram) of the held-out text in nats per token; None if there is no such text.
+    """
+    table = list(rows(directory / METRICS))
+    train = np.array([(row["step"], row["loss"]) for row in table if "loss" in row]).reshape(-1, 2)
+    held_out = np.array([(row["step"], row["held_out_loss"]) for row in table if "held_out_loss" in row]).reshape(-1, 2)
+    figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    axes.plot(*train.T, color=_TRAIN, alpha=0.3, linewidth=0.8)
+    axes.plot(*_averaged(train).T, color=_TRAIN, linewidth=2, label="training")
+    axes.plot(*held_out.T, color=_HELD_OUT, linewidth=2, marker="o", markersize=4, label="held out")
+    if len(held_out):
+        step, loss = held_out[-1]
+        axes.annotate(f"{loss:.2f}", (step, loss), (6, 0), textcoords="offset points", va="center", color=_HELD_OUT)
+    if entropies:
+        for name, entropy in zip(("unigram", "bigram"), entropies, strict=True):
+            axes.axhline(entropy, color=_GREY, linewidth=1, linestyle=(0, (5, 4)))
+            axes.text(1.01, entropy, f"{name}\nentropy\n{entropy:.2f}", transform=axes.get_yaxis_transform(), va="center", color=_GREY)
+    axes.set_title(f"{directory.resolve().name}: loss", loc="left", fontweight="bold")
+    axes.set(xlabel="step", ylabel="nats per token", xlim=(0, None))
+    axes.legend(frameon=False, loc="upper right")
+    axes.grid(axis="y", color="#e6e6e6")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(directory / IMAGE)
+
+
+def _averaged(points: np.ndarray) -> np.ndarray:
+    """Means of equally many neighbouring points [n, 2], each at the mean of their steps."""
+    size = max(1, len(points) // _SMOOTHED_POINTS)
+    return np.array([points[i : i + size].mean(axis=0) for i in range(0, len(points), size)]).reshape(-1, 2)
