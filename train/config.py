@@ -192,8 +192,9 @@ class TrainConfig:
             raise ConfigError(f"batch_size={self.batch_size} must be a multiple of accumulation={self.accumulation}")
         if self.micro_batch_size % mesh.row_shards:
             raise ConfigError(
-                f"a micro-batch has {self.micro_batch_size} rows (batch_size={self.batch_size} / accumulation="
-                f"{self.accumulation}), which must be a multiple of mesh.data * mesh.fsdp * mesh.expert = {mesh.row_shards}"
+                f"a micro-batch has {self.micro_batch_size} rows (batch_size={self.batch_size} / "
+                f"accumulation={self.accumulation}), which must be a multiple of mesh.data * mesh.fsdp * mesh.expert "
+                f"= {mesh.row_shards}"
             )
         if length % mesh.context:
             raise ConfigError(f"data.sequence_length={length} must be a multiple of mesh.context={mesh.context}")
@@ -209,7 +210,9 @@ class TrainConfig:
             )
         for name in ("num_heads", "mlp_width", "vocab_size"):
             if getattr(model, name) % mesh.tensor:
-                raise ConfigError(f"model.{name}={getattr(model, name)} must be a multiple of mesh.tensor={mesh.tensor}")
+                raise ConfigError(
+                    f"model.{name}={getattr(model, name)} must be a multiple of mesh.tensor={mesh.tensor}"
+                )
         if model.width % mesh.fsdp:
             raise ConfigError(f"model.width={model.width} must be a multiple of mesh.fsdp={mesh.fsdp}")
 

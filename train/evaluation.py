@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
+from qwen_jax.errors import NumericalError
 from qwen_jax.model import Params
 from train.config import TrainConfig
 from train.data import Rows, TokenShards, ngram_entropy
@@ -28,12 +29,17 @@ class HeldOut:
         )
 
     def loss(self, params: Params) -> float:
-        """Mean loss over all targets, in nats per token."""
+        """Mean loss over all targets, in nats per token. NumericalError if it is not finite."""
         batches = self._rows.num_batches
         if self._config.evaluation.batches:
             batches = min(batches, self._config.evaluation.batches)
         sums = [self._eval_step(params, put_batch(self._rows, i, self._config)) for i in range(batches)]
-        return math.fsum(float(total) for total, _ in sums) / math.fsum(float(weight) for _, weight in sums)
+        loss = sum(float(total) for total, _ in sums) / sum(float(weight) for _, weight in sums)
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"the held-out loss is {loss} although the training loss was finite; lower the peak_lr"
+            )
+        return loss
 
     def bits_per_byte(self, loss: float) -> float:
         """A loss in nats per token as bits per byte of text, which does not depend on the tokenizer.
@@ -49,12 +55,13 @@ class HeldOut:
         return ngram_entropy(tokens, self._shards.vocab_size, end_of_text=self._shards.end_of_text)
 
     def summary(self, loss: float) -> str:
-        """A held-out loss beside what it should be compared with, as three lines of text."""
+        """A held-out loss beside what it should be compared with, as lines of text."""
         unigram, bigram = self.entropies
         lines = [
             f"{'':<20}{'this model':>12}{'bigram':>12}{'unigram':>12}",
             f"{'nats per token':<20}{loss:>12.3f}{bigram:>12.3f}{unigram:>12.3f}",
             f"{'perplexity':<20}{math.exp(loss):>12.2f}{math.exp(bigram):>12.2f}{math.exp(unigram):>12.2f}",
             f"{'bits per byte':<20}" + "".join(f"{self.bits_per_byte(x):>12.3f}" for x in (loss, bigram, unigram)),
+            "bigram, unigram: the least that any model of token pairs, or of single tokens, can reach on this text",
         ]
         return "\n".join(lines)

@@ -35,7 +35,14 @@ def draw(directory: Path, *, entropies: tuple[float, float] | None) -> None:
     if entropies:
         for name, entropy in zip(("unigram", "bigram"), entropies, strict=True):
             axes.axhline(entropy, color=_GREY, linewidth=1, linestyle=(0, (5, 4)))
-            axes.text(1.01, entropy, f"{name}\nentropy\n{entropy:.2f}", transform=axes.get_yaxis_transform(), va="center", color=_GREY)
+            axes.text(
+                1.01,
+                entropy,
+                f"{name}\nentropy\n{entropy:.2f}",
+                transform=axes.get_yaxis_transform(),
+                va="center",
+                color=_GREY,
+            )
     axes.set_title(f"{directory.resolve().name}: loss", loc="left", fontweight="bold")
     axes.set(xlabel="step", ylabel="nats per token", xlim=(0, None))
     axes.legend(frameon=False, loc="upper right")

@@ -60,7 +60,10 @@ class Record:
         self._since = (step, now)
         speed = (step - before) * self._tokens_per_step / (now - start)
         timing = {"tokens_per_second": speed, "seconds": (now - start) / (step - before)}
-        self._add("train", {"step": step, "loss": metrics["loss"], **metrics, "tokens": step * self._tokens_per_step, **timing})
+        self._add(
+            "train",
+            {"step": step, "loss": metrics["loss"], **metrics, "tokens": step * self._tokens_per_step, **timing},
+        )
 
     def held_out(self, step: int, *, loss: float, bits_per_byte: float) -> None:
         """Adds the row of an evaluation after `step` steps: nats per token, and bits per byte of text."""

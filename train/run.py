@@ -128,11 +128,14 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
                 unread = (step, metrics)
 
         if exit_code:
-            report.line(f"stopped after step {step} of {config.steps}, state saved; the same command goes on from there")
+            report.line(
+                f"stopped after step {step} of {config.steps}, state saved; the same command goes on from there"
+            )
         if first_host:
             plot.draw(directory, entropies=held_out.entropies if held_out else None)
         if first_host and not exit_code:
-            print(f"\n{held_out.summary(loss)}\n" if held_out else "")
+            if held_out:
+                print(f"\n{held_out.summary(loss)}\n")
             print(f'try  python -m infer generate {config.run_dir} --prompt "def "')
     return exit_code
 
@@ -186,13 +189,15 @@ def describe(config: TrainConfig, mesh: Mesh, step: int, report: Report) -> None
     model = config.model_config
     report.fact(
         "model",
-        f"{model.num_parameters:,} parameters: {model.num_layers} layers of width {model.width}, {model.num_heads} heads "
-        f"({model.num_kv_heads} for keys and values), vocabulary {model.vocab_size:,}, {model.dtype}",
+        f"{model.num_parameters:,} parameters: {model.num_layers} layers of width {model.width}, {model.num_heads} "
+        f"heads ({model.num_kv_heads} for keys and values), vocabulary {model.vocab_size:,}, {model.dtype}",
     )
     device = mesh.devices.flat[0]
     split = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     report.fact("devices", f"{mesh.size} x {device.device_kind} ({device.platform})" + (f": {split}" if split else ""))
-    report.fact("steps", f"{config.steps:,} of {config.tokens_per_step:,} tokens" + (f", from {step:,}" if step else ""))
+    report.fact(
+        "steps", f"{config.steps:,} of {config.tokens_per_step:,} tokens" + (f", from {step:,}" if step else "")
+    )
     report.fact("run_dir", config.run_dir)
 
 

@@ -50,9 +50,7 @@ class Saver:
         self._running = self._tried(step, lambda: self._begin(step, stacked(state)))
 
     def _begin(self, step: int, state: State) -> None:
-        self._checkpoints.save(
-            step, params=state.params, optimizer=state.optimizer, files=self._files, meta=self._meta
-        )
+        self._checkpoints.save(step, params=state.params, optimizer=state.optimizer, files=self._files, meta=self._meta)
 
     def _tried(self, step: int, action: Callable[[], None]) -> bool:
         try:
@@ -63,7 +61,9 @@ class Saver:
             self._failures += 1
             self._record.checkpoint_failed(step, self._failures)
             if self._failures == FAILURES_IN_A_ROW:
-                raise FileError(f"{FAILURES_IN_A_ROW} saves in a row have failed, the last one with: {error}") from error
+                raise FileError(
+                    f"{FAILURES_IN_A_ROW} saves in a row have failed, the last one with: {error}"
+                ) from error
             self._warn(f"checkpoint failed at step {step}: {error}; training goes on")
         return self._last is None
 
@@ -75,7 +75,7 @@ class Saver:
             self._checkpoints.wait()
         except FileError as failure:
             self._last = failure
-        if self._last and kind is None:
+            if error:
+                self._warn(f"the last checkpoint failed too: {failure}")
+        if self._last and not error:
             raise self._last
-        if self._last:
-            self._warn(f"the last checkpoint failed too: {self._last}")

@@ -52,7 +52,9 @@ def restored_state(
     like = model.abstract(config)
     whole = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
     # The optimiser's own counters have no sharding yet; like everything else they belong on all devices.
-    moments = jax.tree.map(lambda x: x if x.sharding else x.update(sharding=whole), jax.eval_shape(optimizer.init, like))
+    moments = jax.tree.map(
+        lambda x: x if x.sharding else x.update(sharding=whole), jax.eval_shape(optimizer.init, like)
+    )
     step = jax.device_put(np.int32(checkpoint.step), whole)
     state = State(step, checkpoint.load("params", like), checkpoint.load("optimizer", moments))
     return jax.jit(model.unstack_layers)(state) if unroll else state
@@ -104,10 +106,12 @@ def make_eval_step(objective: Objective) -> Callable[[model.Params, Batch], tupl
 
 
 def _accumulate(of_one: Callable[[model.Params, Batch], Any], params: model.Params, batch: Batch) -> Any:
-    """The sum of `of_one(params, micro_batch)` over the first axis of the batch, one micro-batch in memory at a time."""
+    """The sum of `of_one(params, micro_batch)` over the first axis of the batch, one micro-batch at a time."""
     first = jax.tree.map(lambda x: x[0], batch)
     if jax.tree.leaves(batch)[0].shape[0] == 1:
         return of_one(params, first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), jax.eval_shape(of_one, params, first))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), jax.eval_shape(of_one, params, first)
+    )
     add = lambda sums, micro: (jax.tree.map(jnp.add, sums, of_one(params, micro)), None)
     return jax.lax.scan(add, zeros, batch)[0]

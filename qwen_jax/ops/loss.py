@@ -13,7 +13,6 @@ from qwen_jax import sharding
 _CHUNK = 2**25
 
 
-@jax.custom_vjp
 def chunked_cross_entropy(
     hidden: Float[Array, "B T D"],
     table: Float[Array, "V D"],
@@ -25,6 +24,14 @@ def chunked_cross_entropy(
     Differentiable in `hidden` and `table`. Their gradients are computed chunk by chunk in the forward pass, while
     the logits are at hand: three matmuls with the table in all, none of them done twice.
     """
+    rows = sharding.activation("btd", hidden.shape)
+    table = jax.sharding.reshard(table, sharding.weight("vd", table.shape))
+    targets, weights = (jax.sharding.reshard(x, P(*rows[:2])) for x in (targets, weights))
+    return _cross_entropy(jax.sharding.reshard(hidden, rows), table, targets, weights)
+
+
+@jax.custom_vjp
+def _cross_entropy(hidden, table, targets, weights):
     return _over_chunks(hidden, table, targets, weights, with_gradient=False)[0]
 
 
@@ -38,7 +45,7 @@ def _backward(gradients, scale):
     return dhidden * scale.astype(dhidden.dtype), dtable * scale.astype(dtable.dtype), None, None
 
 
-chunked_cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, _backward)
 
 
 def _over_chunks(hidden, table, targets, weights, *, with_gradient):
@@ -78,7 +85,7 @@ def _over_chunks(hidden, table, targets, weights, *, with_gradient):
         out_specs=(P(), (rows, split) if with_gradient else None),
         check_vma=False,
     )
-    return mapped(hidden, table, *(jax.sharding.reshard(x, ids) for x in (targets, weights)))
+    return mapped(hidden, table, targets, weights)
 
 
 def _split_rows(hidden, targets, weights, chunk):

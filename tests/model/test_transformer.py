@@ -25,7 +25,7 @@ def parameters(config):
 
     def draw(path, x):
         start = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(start + 0.15 * rng.normal(size=x.shape), x.dtype)
+        return np.asarray(start + 0.15 * rng.normal(size=x.shape), x.dtype)
 
     return jax.tree.map_with_path(draw, model.abstract(config))
 
@@ -104,7 +104,7 @@ MESHES = [
 ]
 
 
-def loss_and_norm(config, sizes, layout):
+def loss_and_norm(config, sizes):
     devices = jax.devices()[: int(np.prod(list(sizes.values()), dtype=int))]
     rows, length = 8, 16
     tokens = ids(rows, length + 1)
@@ -117,22 +117,34 @@ def loss_and_norm(config, sizes, layout):
         return chunked_cross_entropy(hidden, model.head(params), targets, weights) / weights.sum()
 
     with jax.set_mesh(sharding.make_mesh(devices=devices, **sizes)):
-        params = layout(jax.jit(lambda key: model.init(config, key))(jax.random.key(0)))
+        params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), parameters(config), model.abstract(config))
         batch = [
             sharding.put(x.shape, x.dtype, "bt", lambda index, x=x: x[index])
             for x in (tokens[:, :-1], tokens[:, 1:], positions, segments, weights)
         ]
         value, gradient = jax.jit(jax.value_and_grad(loss))(params, *batch)
-        return float(value), float(jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(gradient))))
+        return float(value), float(np.sqrt(sum((np.asarray(x) ** 2).sum() for x in jax.tree.leaves(gradient))))
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradient_norm_are_the_same_on_every_mesh(tied):
-    config = tiny_config(tie_embeddings=tied, width=64, vocab_size=128, mlp_width=64)
-    expected = loss_and_norm(config, {}, lambda tree: tree)
-    np.testing.assert_allclose(loss_and_norm(config, {}, model.unstack_layers), expected, rtol=1e-5)
-    for sizes in MESHES if tied else MESHES[1:3]:
-        np.testing.assert_allclose(loss_and_norm(config, sizes, lambda tree: tree), expected, rtol=1e-5, err_msg=sizes)
+    config = tiny_config(tie_embeddings=tied, width=64, vocab_size=128, mlp_width=64, num_layers=2)
+    expected = loss_and_norm(config, {})
+    for sizes in MESHES if tied else MESHES[1:2]:
+        np.testing.assert_allclose(loss_and_norm(config, sizes), expected, rtol=1e-5, err_msg=str(sizes))
+
+
+def test_parameters_start_the_same_on_every_mesh():
+    config = tiny_config(num_layers=2)
+    start = jax.jit(lambda key: model.init(config, key))
+    trees = []
+    for sizes in ({}, dict(data=2, fsdp=2, tensor=2)):
+        with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[: 8 if sizes else 1], **sizes)):
+            trees.append(jax.tree.map(np.asarray, start(jax.random.key(7))))
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+    std = lambda name: trees[0]["layers"]["mlp"][name]["w"].std()
+    # 1/sqrt(fan-in), and for what is added to the residual stream 1/sqrt(2 L) of it.
+    np.testing.assert_allclose([std("gate"), std("down")], [32**-0.5, (40 * 4) ** -0.5], rtol=0.05)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
@@ -152,7 +164,7 @@ def test_decoding_step_by_step_equals_one_full_pass(mesh, changes):
     config = tiny_config(**changes)
     params = model.unstack_layers(parameters(config))
     tokens = ids(2, 12)
-    full, _ = hidden_states(config, params, tokens)
+    full = np.asarray(hidden_states(config, params, tokens)[0])
     step = jax.jit(lambda params, tokens, positions, cache: model.forward(config, params, tokens, positions, cache=cache))
     # Row 1's prompt is shorter: what pads it is overwritten before it can be seen.
     prompts = np.where(np.arange(6) < [[6], [4]], tokens[:, :6], 0)
@@ -205,8 +217,8 @@ def test_every_field_of_the_config_changes_the_output(mesh):
 
 def test_a_token_outside_the_vocabulary_is_not_clamped(mesh):
     config = tiny_config()
-    hidden, _ = hidden_states(config, parameters(config), np.array([[1, 2, 96], [1, 2, -1]]))
-    assert np.isnan(hidden[:, 2]).all() and np.isfinite(hidden[:, :2]).all()
+    hidden, _ = hidden_states(config, parameters(config), np.array([[1, 2, 96], [1, 2, -1], [1, 2, 95]]))
+    assert np.isnan(hidden[:2, 2]).all() and np.isfinite(hidden[2]).all()
 
 
 def test_bfloat16_is_close_to_float32(mesh):

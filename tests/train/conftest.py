@@ -62,9 +62,7 @@ def config(tmp_path, corpus) -> TrainConfig:
             tie_embeddings=True,
             rope=Rope(theta=1e4),
         ),
-        data=Data(
-            source=Text(path=str(corpus)), tokenizer=TrainBPE(vocab_size=264), sequence_length=16, held_out=0.2
-        ),
+        data=Data(source=Text(path=str(corpus)), tokenizer=TrainBPE(vocab_size=264), sequence_length=16, held_out=0.2),
         batch_size=8,
         steps=6,
         optimizer=AdamW(peak_lr=1e-2),

@@ -31,7 +31,10 @@ def holder(path):
 
 def test_second_process_is_told_who_holds_it(tmp_path):
     with holder(tmp_path) as other:
-        with pytest.raises(FileError, match=f"in use by process {other.pid};"), run_directory.claim(tmp_path, warn=pytest.fail):
+        with (
+            pytest.raises(FileError, match=f"in use by process {other.pid};"),
+            run_directory.claim(tmp_path, warn=pytest.fail),
+        ):
             pass
         other.stdin.close()
     with run_directory.claim(tmp_path, warn=pytest.fail):
@@ -50,7 +53,10 @@ def test_lock_of_a_killed_process_is_taken_over_with_a_warning(tmp_path):
 
 def test_directory_that_cannot_be_made_is_a_file_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileError, match="choose another run_dir"), run_directory.claim(tmp_path / "file" / "run", warn=print):
+    with (
+        pytest.raises(FileError, match="choose another run_dir"),
+        run_directory.claim(tmp_path / "file" / "run", warn=print),
+    ):
         pass
 
 
@@ -62,18 +68,23 @@ def test_what_is_computed_may_not_change(tmp_path, config, change):
     save(tmp_path, config)
     run_directory.check_same_run(tmp_path, config)
     other = change(change(config, "seed", 4), "model.rope.theta", 2e4)
-    with pytest.raises(ConfigError, match=r"seed was 3 and is now 4; model\.rope\.theta was 10000\.0 and is now 20000\.0"):
+    with pytest.raises(
+        ConfigError, match=r"seed was 3 and is now 4; model\.rope\.theta was 10000\.0 and is now 20000\.0"
+    ):
         run_directory.check_same_run(tmp_path, other)
 
 
 def test_another_class_of_section_is_a_change(tmp_path, config, change):
     save(tmp_path, config)
-    with pytest.raises(ConfigError, match="data.source was @Text and is now @PythonStdlib; data.source.path was .* nothing"):
+    with pytest.raises(
+        ConfigError, match="data.source was @Text and is now @PythonStdlib; data.source.path was .* nothing"
+    ):
         run_directory.check_same_run(tmp_path, change(config, "data.source", PythonStdlib()))
 
 
 @pytest.mark.parametrize(
-    "path, value", [("run_dir", "elsewhere"), ("mesh.data", 2), ("log_every", 7), ("checkpoint.keep", 9), ("remat", "full")]
+    "path, value",
+    [("run_dir", "elsewhere"), ("mesh.data", 2), ("log_every", 7), ("checkpoint.keep", 9), ("remat", "full")],
 )
 def test_how_it_is_computed_may_change(tmp_path, config, change, path, value):
     save(tmp_path, config)

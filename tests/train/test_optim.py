@@ -33,7 +33,10 @@ def test_adamw_is_its_definition():
     config = AdamW(peak_lr=1.0, b1=0.8, b2=0.7, eps=1e-3, weight_decay=0.3, clip_norm=2.0)
     optimizer = optim.adamw(config)
     params = {"w": np.float32([[1.0, -2.0]]), "b": np.float32([3.0])}
-    gradients = [{"w": np.float32([[3.0, 0.0]]), "b": np.float32([4.0])}, {"w": np.float32([[0.1, 0.2]]), "b": np.float32([0.3])}]
+    gradients = [
+        {"w": np.float32([[3.0, 0.0]]), "b": np.float32([4.0])},
+        {"w": np.float32([[0.1, 0.2]]), "b": np.float32([0.3])},
+    ]
     state = optimizer.init(params)
     m = v = {"w": 0.0, "b": 0.0}
     for step, gradient in enumerate(gradients, 1):

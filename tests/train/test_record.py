@@ -78,7 +78,9 @@ def test_tensorboard_gets_the_numbers_and_is_told_of_a_restart(tmp_path):
     assert [e.step for e in events if e.HasField("session_log")] == [3]
     values = {v.tag: (e.step, v.simple_value) for e in events for v in e.summary.value}
     assert values["train/loss"] == (3, pytest.approx(1 / 3))
-    assert any(v.tag == "held_out/loss" for d in _tfrecords(old.read_bytes()) for v in Event.FromString(d).summary.value)
+    assert any(
+        v.tag == "held_out/loss" for d in _tfrecords(old.read_bytes()) for v in Event.FromString(d).summary.value
+    )
     json.loads((tmp_path / METRICS).read_text().splitlines()[0])
 
 

@@ -47,7 +47,9 @@ def final_arrays(config) -> dict[str, bytes]:
         like = model.abstract(config.model_config)
         optimizer = jax.eval_shape(optim.adamw(config.optimizer).init, like)
         trees = checkpoint.load("params", like), checkpoint.load("optimizer", optimizer)
-    return {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree_util.tree_leaves_with_path(trees)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree_util.tree_leaves_with_path(trees)
+    }
 
 
 @contextlib.contextmanager

@@ -27,7 +27,9 @@ def batch(config, accumulation) -> dict[str, jax.Array]:
     weights = (columns < np.arange(1, 9)[:, None]).astype(np.float32)
     arrays = {"tokens": tokens, "targets": targets, "positions": columns, "segments": np.ones(shape, np.int32)}
     spec = jax.P(None, ("data", "fsdp", "expert"), "context")
-    put = lambda x: jax.device_put(x.reshape(accumulation, -1, shape[1]), jax.NamedSharding(jax.sharding.get_mesh(), spec))
+    put = lambda x: jax.device_put(
+        x.reshape(accumulation, -1, shape[1]), jax.NamedSharding(jax.sharding.get_mesh(), spec)
+    )
     return jax.tree.map(put, arrays | {"weights": weights})
 
 

@@ -119,7 +119,7 @@ def _training_texts(config: Data, files: Sequence[SourceFile], seed: int) -> Ite
     tally = sources.new_tally(config.source, config.max_bad_fraction)
     taken = 0
     for _, text in sources.documents(files, field=field_of(config.source), tally=tally):
-        if _share(text) < config.held_out or _share(text, salt=seed.to_bytes(8, "little")) >= keep:
+        if _share(text) < config.held_out or _share(text, key=str(seed)) >= keep:
             continue
         taken += len(text)
         if taken > MAX_TRAINING_BYTES:  # the files were compressed
@@ -127,9 +127,9 @@ def _training_texts(config: Data, files: Sequence[SourceFile], seed: int) -> Ite
         yield text
 
 
-def _share(text: str, *, salt: bytes = b"") -> float:
-    """A number in [0, 1) that depends on the text (and salt) alone and is uniform over texts."""
-    digest = hashlib.blake2b(text.encode(), digest_size=6, salt=salt).digest()
+def _share(text: str, *, key: str = "") -> float:
+    """A number in [0, 1) that depends on the text and `key` alone and is uniform over texts."""
+    digest = hashlib.blake2b(text.encode(), digest_size=6, key=key.encode()).digest()
     return int.from_bytes(digest, "little") / 2**48
 
 

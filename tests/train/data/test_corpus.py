@@ -1,8 +1,10 @@
 """From text to tokens: the split, reuse, refusal of what changed, and recovery from a kill."""
 
+import errno
 import fcntl
 import gzip
 import json
+import os
 import threading
 import time
 from dataclasses import replace
@@ -305,6 +307,16 @@ def test_a_folder_that_cannot_be_made_is_a_file_error(config, make, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FileError, match="cannot write .*file/tokens"):
         make(replace(config, tokens=str(tmp_path / "file/tokens")))
+
+
+def test_a_full_disk_is_a_file_error_and_leaves_no_manifest(config, make, tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("train.data.shards.to_disk", full)
+    with pytest.raises(FileError, match="cannot write .*No space left on device"):
+        make(config)
+    assert not (tmp_path / "run/tokens" / MANIFEST).exists()
 
 
 def test_the_tokenizer_learns_from_the_training_split_only(config, make, folder, monkeypatch):
