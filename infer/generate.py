@@ -62,7 +62,8 @@ def run(options: Generate) -> int:
             completions = [Completion(tokenizer, options.stop) for _ in batch]
             ids, rows = [request.ids for request in batch], [request.row for request in batch]
             try:
-                clock.tick(len(made), len(requests))
+                if options.output is not None or not sys.stdout.isatty():
+                    clock.tick(len(made), len(requests))
                 generate(
                     engine, ids, completions, sampling,
                     seed=options.seed, rows=rows, max_new_tokens=limit, show=clock.watch(show),
@@ -142,7 +143,9 @@ def _limit(prompts: Sequence[Prompt], requests: Sequence[Request], asked: int | 
     longest = max(requests, key=lambda request: len(request.ids))
     room = max_position - len(longest.ids)
     if room < (asked or 1):
-        way_out = f"ask for at most {room} new tokens" if room > 0 else f"at most {max_position - 1} fit"
+        way_out = (
+            f"ask for at most {room} new tokens" if room > 0 else f"prompts of up to {max_position - 1} tokens fit"
+        )
         raise DataError(
             f"{prompts[longest.index].where}: a prompt of {len(longest.ids)} tokens and {asked or 1} new ones do not "
             f"fit into the model's {max_position} positions; {way_out}"
@@ -224,18 +227,17 @@ class _Clock:
         return watched
 
     def tick(self, done: int, total: int) -> None:
-        """On a terminal, how many completions are done."""
+        """On a terminal, how many completions are done; the next line printed takes its place."""
         if sys.stderr.isatty() and done:
-            print(f"\r{done}/{total} completions", end="", file=sys.stderr, flush=True)
+            print(f"{done}/{total} completions", end="\r", file=sys.stderr, flush=True)
 
     def report(self, completions: Sequence[Completion]) -> None:
         """One line: how many tokens, how long, and how fast after the first."""
         now, tokens = time.perf_counter(), sum(completion.num_tokens for completion in completions)
         line = f"{tokens} tokens in {now - self._start:.1f} s"
         if self._first is not None and tokens > 1:
-            line += (
-                f": the first after {self._first - self._start:.1f} s, then {(tokens - 1) / (now - self._first):.1f}/s"
-            )
+            rate = (tokens - 1) / (now - self._first)
+            line += f": the first after {self._first - self._start:.1f} s, then {rate:.1f} tokens/s"
         if len(completions) == 1:
             line += f"; {completions[0].finish_reason}"
-        print(("\r" if sys.stderr.isatty() else "") + line, file=sys.stderr)
+        print(line, file=sys.stderr)

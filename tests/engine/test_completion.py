@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.engine import Completion, Sampling, generate
@@ -41,6 +41,7 @@ def padded(text, length):
     return ids + [END] * (length - len(ids))
 
 
+@settings(deadline=None)
 @given(
     ids=st.lists(st.integers(0, TOKENIZER.num_tokens - 1), min_size=1, max_size=30),
     stops=st.lists(st.sampled_from(["low", "er ", "we", "�", "est, n"]), max_size=2),

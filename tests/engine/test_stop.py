@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.engine.stop import StopStrings
@@ -14,6 +14,7 @@ LETTERS = st.text("ab\n", max_size=12)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
 
 
+@settings(deadline=None)
 @given(pieces=st.lists(LETTERS, max_size=8), stops=STOPS)
 @example(pieces=["ab", "c"], stops=["abc", "b"])
 @example(pieces=["a", "a", "b"], stops=["aab"])
@@ -31,6 +32,7 @@ def test_output_is_the_text_before_the_first_stop(pieces, stops):
     assert reader.found == (first < len(text))
 
 
+@settings(deadline=None)
 @given(pieces=st.lists(LETTERS, max_size=8), stops=STOPS)
 def test_text_is_held_back_only_while_it_may_become_a_stop(pieces, stops):
     reader, pushed, shown = StopStrings(stops), "", ""

@@ -146,7 +146,7 @@ def test_interruption_keeps_what_was_made(command, tmp_path, monkeypatch):
         (["--prompt", "a", "--n", "x"], 2, "--n: invalid integer value: 'x'"),
         (["--prompt", "a", "--temp", "1"], 2, "unrecognized arguments: --temp 1"),
         (["--prompt", "a", "--max-new-tokens", "64"], 3, "--prompt 1: .* 1 tokens and 64 new ones.*at most 63"),
-        (["--prompt", "a", "--prompt", "a " * 70], 3, "--prompt 2: a prompt of .* at most 63 fit"),
+        (["--prompt", "a", "--prompt", "a " * 70], 3, "--prompt 2: a prompt of .* up to 63 tokens fit"),
         (["--prompt", "a\udcff"], 3, "--prompt 1: character 2 of the prompt is not valid UTF-8"),
         (["--input", "nowhere.txt"], 4, "cannot read prompts from nowhere.txt: No such file"),
         (["--prompt", "a", "--output", "no/folder/o"], 4, "cannot write completions to no/folder/o: No such file"),
