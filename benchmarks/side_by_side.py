@@ -52,7 +52,9 @@ def compare(sides: Sequence[str], bars: Sequence[Bar], *, rounds: int, units: Ma
     for number in range(rounds):
         for side in sides:
             print(f"round {number + 1} of {rounds}: {side} …", file=sys.stderr, flush=True)
-            done = subprocess.run([sys.executable, sys.argv[0], "--side", side], env=env, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, sys.argv[0], "--side", side], env=env, capture_output=True, text=True
+            )
             if done.returncode:
                 sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
             figures[side].append(json.loads(done.stdout.splitlines()[-1]))
@@ -73,7 +75,8 @@ def compare(sides: Sequence[str], bars: Sequence[Bar], *, rounds: int, units: Ma
         figure = theirs / ours if bar.higher_is_better else ours / theirs
         reached = figure >= bar.goal if bar.higher_is_better else figure <= bar.goal
         short |= not reached
-        print(f"BAR {bar.name} {figure:.2f} {'>=' if bar.higher_is_better else '<='}{bar.goal:.2f} {'ok' if reached else 'short'}")
+        goal, verdict = f"{'>=' if bar.higher_is_better else '<='}{bar.goal:.2f}", "ok" if reached else "short"
+        print(f"BAR {bar.name} {figure:.2f} {goal} {verdict}")
     return int(short)
 
 

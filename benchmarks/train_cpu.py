@@ -89,7 +89,13 @@ SIDES = {
 }
 BARS = [
     Bar("train_float32_time", ["ours float32"], ["torch float32"], "step", 0.65),
-    Bar("train_bfloat16_time", ["ours mixed bfloat16", "ours bfloat16"], ["torch bfloat16", "torch autocast"], "step", 1.0),
+    Bar(
+        "train_bfloat16_time",
+        ["ours mixed bfloat16", "ours bfloat16"],
+        ["torch bfloat16", "torch autocast"],
+        "step",
+        1.0,
+    ),
 ]
 
 if __name__ == "__main__":

@@ -77,9 +77,13 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
         if not 0 < self.norm_eps < 1:
-            raise ConfigError(f"norm_eps={self.norm_eps} must be between 0 and 1 (published models have 1e-06 or 1e-05)")
+            raise ConfigError(
+                f"norm_eps={self.norm_eps} must be between 0 and 1 (published models have 1e-06 or 1e-05)"
+            )
         if self.windows and len(self.windows) != self.num_layers:
-            raise ConfigError(f"windows has {len(self.windows)} entries for num_layers={self.num_layers}; give one per layer")
+            raise ConfigError(
+                f"windows has {len(self.windows)} entries for num_layers={self.num_layers}; give one per layer"
+            )
         if any(w < 0 for w in self.windows):
             raise ConfigError(f"windows={self.windows} must not be negative; 0 means every earlier key")
 

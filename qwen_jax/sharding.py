@@ -99,4 +99,5 @@ def put(
 ) -> jax.Array:
     """A global array of `shape`; `read(index)` is called on each host only for the parts its devices hold."""
     sharding = NamedSharding(jax.sharding.get_mesh(), activation(letters, shape))
-    return jax.make_array_from_callback(tuple(shape), sharding, lambda index: np.asarray(read(index), dtype))
+    part = lambda index: np.asarray(read(index), dtype)
+    return jax.make_array_from_callback(tuple(shape), sharding, part)

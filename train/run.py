@@ -132,7 +132,10 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
                 f"stopped after step {step} of {config.steps}, state saved; the same command goes on from there"
             )
         if first_host:
-            plot.draw(directory, entropies=held_out.entropies if held_out else None)
+            try:
+                plot.draw(directory, entropies=held_out.entropies if held_out else None)
+            except OSError as error:  # the run is saved: a picture is no reason to fail
+                report.warn(f"no {plot.IMAGE}: {error.strerror}")
         if first_host and not exit_code:
             if held_out:
                 print(f"\n{held_out.summary(loss)}\n")

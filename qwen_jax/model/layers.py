@@ -31,7 +31,9 @@ class Linear(nn.Module):
         xs, ws = inputs.split(",")
         ins = tuple(i for i, letter in enumerate(ws) if letter in xs)
         outs = tuple(i for i, letter in enumerate(ws) if letter not in xs)
-        kernel = jax.nn.initializers.variance_scaling(self.scale, "fan_in", "truncated_normal", in_axis=ins, out_axis=outs)
+        kernel = jax.nn.initializers.variance_scaling(
+            self.scale, "fan_in", "truncated_normal", in_axis=ins, out_axis=outs
+        )
         split = sharding.weight(ws, self.shape)
         w = self.param("w", lambda key: kernel(key, self.shape, self.param_dtype, out_sharding=split))
         y = contract(self.pattern, x, w)

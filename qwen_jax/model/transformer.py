@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,8 @@ class Qwen(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0 if c.windows else nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                # One per argument, which flax accepts and its annotation does not say.
+                in_axes=cast(Any, (0 if c.windows else nn.broadcast, *[nn.broadcast] * 3)),
                 length=c.num_layers,
             )
             x, _ = layers(c, self.attention, name="layers")(x, _windows(c), None, turn, mask)
@@ -115,6 +116,31 @@ def abstract(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
 
 
+@overload
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    *,
+    cache: Cache,
+    attention: Implementation = "auto",
+) -> tuple[Float[Array, "B T D"], Cache]: ...
+
+
+@overload
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    remat: Remat = "none",
+    attention: Implementation = "auto",
+) -> tuple[Float[Array, "B T D"], None]: ...
+
+
 def forward(
     config: ModelConfig,
     params: Params,
@@ -144,7 +170,8 @@ def forward(
     ids = (jax.sharding.reshard(x, sharding.activation("bt", x.shape)) for x in (tokens, positions))
     if segments is not None:
         segments = jax.sharding.reshard(segments, sharding.activation("bt", segments.shape))
-    return Qwen(config, scan, remat, attention).apply({"params": params}, *ids, segments, cache)
+    out = Qwen(config, scan, remat, attention).apply({"params": params}, *ids, segments, cache)
+    return cast(tuple[Array, Cache | None], out)
 
 
 def head(params: Params) -> Float[Array, "V D"]:

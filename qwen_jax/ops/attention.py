@@ -1,9 +1,9 @@
 """Softmax attention with grouped heads, one signature over several implementations.
 
-  reference   the formula, with the whole [T, S] table in float32: the oracle of every other implementation
-  xla         blocks of queries in plain XLA; what lies above the diagonal is skipped, and the backward pass
-              recomputes the probabilities from the log-sum-exp (FlashAttention-2, Dao 2023, section 3.1)
-  auto        the fastest that can honour the request
+reference   the formula, with the whole [T, S] table in float32: the oracle of every other implementation
+xla         blocks of queries in plain XLA; what lies above the diagonal is skipped, and the backward pass
+            recomputes the probabilities from the log-sum-exp (FlashAttention-2, Dao 2023, section 3.1)
+auto        the fastest that can honour the request
 """
 
 from __future__ import annotations
@@ -58,7 +58,12 @@ def attention(
         out_specs=queries,
         check_vma=False,
     )
-    return local(*(jax.tree.map(jax.sharding.reshard, x, s) for x, s in zip((q, k, v, mask), (queries, keys, keys, specs), strict=True)))
+    return local(
+        *(
+            jax.tree.map(jax.sharding.reshard, x, s)
+            for x, s in zip((q, k, v, mask), (queries, keys, keys, specs), strict=True)
+        )
+    )
 
 
 def _one_kv_head_per_device(x: Float[Array, "B K S H"]) -> Float[Array, "B R S H"]:

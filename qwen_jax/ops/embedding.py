@@ -10,9 +10,7 @@ from jaxtyping import Array, Float, Int
 from qwen_jax import sharding
 
 
-def embed(
-    tokens: Int[Array, "B T"], table: Float[Array, "V D"], *, dtype: jnp.dtype
-) -> Float[Array, "B T D"]:
+def embed(tokens: Int[Array, "B T"], table: Float[Array, "V D"], *, dtype: jnp.dtype) -> Float[Array, "B T D"]:
     """The rows of `table` for `tokens`, in `dtype`. Ids outside the table give NaN: nothing is clamped in silence.
 
     The table is split over vocabulary and width. Each device looks up the ids it holds and the rest arrive by a

@@ -61,22 +61,26 @@ def _over_chunks(hidden, table, targets, weights, *, with_gradient):
 
         def chunk(carry, inputs):
             loss, dtable = carry
-            part, dlogits = _chunk_loss(*inputs, whole, with_gradient)
+            x, ids, scale = inputs
+            part, dlogits = _chunk_loss(x, ids, scale, whole)
             if not with_gradient:
                 return (loss + part, dtable), None
             dlogits = dlogits.astype(dtype)
             dx = jax.lax.psum(jnp.dot(dlogits, whole, preferred_element_type=jnp.float32), "tensor").astype(dtype)
-            dtable += jnp.einsum("mv,md->vd", dlogits, inputs[0], preferred_element_type=jnp.float32)
+            dtable += jnp.einsum("mv,md->vd", dlogits, x, preferred_element_type=jnp.float32)
             return (loss + part, dtable), dx
 
         start = jnp.zeros(whole.shape, jnp.float32) if with_gradient else None
         (loss, dtable), dx = jax.lax.scan(chunk, (jnp.zeros((), jnp.float32), start), chunks)
         loss = jax.lax.psum(loss, summed)
-        if not with_gradient:
+        if dx is None:
             return loss, None
         dhidden = dx.reshape(-1, hidden.shape[-1])[:count].reshape(hidden.shape)
         dtable = jax.lax.psum_scatter(dtable, "fsdp", scatter_dimension=1, tiled=True)
-        return loss, (dhidden, jax.lax.psum(dtable, tuple(axis for axis in summed if axis != "fsdp")).astype(table.dtype))
+        return loss, (
+            dhidden,
+            jax.lax.psum(dtable, tuple(axis for axis in summed if axis != "fsdp")).astype(table.dtype),
+        )
 
     # Replication is checked by the tests on meshes: the checker cannot follow the scan's carry.
     mapped = jax.shard_map(
@@ -102,7 +106,7 @@ def _split_rows(hidden, targets, weights, chunk):
     return (split(hidden), split(targets), split(weights)), count
 
 
-def _chunk_loss(hidden, targets, weights, table, with_gradient):
+def _chunk_loss(hidden, targets, weights, table):
     """The weighted loss of [M] tokens, and its gradient by the [M, V] logits of this device's part of V."""
     logits = jnp.einsum("md,vd->mv", hidden, table, preferred_element_type=jnp.float32)
     ids = jax.lax.axis_index("tensor") * table.shape[0] + jnp.arange(table.shape[0])
@@ -112,6 +116,4 @@ def _chunk_loss(hidden, targets, weights, table, with_gradient):
     total = jax.lax.psum(exp.sum(-1), "tensor")
     of_target = jax.lax.psum(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), "tensor")
     loss = jnp.sum(weights * (top + jnp.log(total) - of_target))
-    if not with_gradient:
-        return loss, None
     return loss, (exp / total[:, None] - is_target.astype(jnp.float32)) * weights[:, None]

@@ -81,7 +81,9 @@ def test_packed_documents_equal_separate_ones(mesh, attention, scan):
     segments = np.repeat(np.arange(1, 4), lengths)[None].astype(np.int32)
 
     def loss_packed(params):
-        hidden, _ = hidden_states(config, params, packed, positions, segments=jnp.asarray(segments), attention=attention)
+        hidden, _ = hidden_states(
+            config, params, packed, positions, segments=jnp.asarray(segments), attention=attention
+        )
         return (jnp.sin(hidden) ** 3).sum(), hidden
 
     def loss_separate(params):
@@ -92,7 +94,9 @@ def test_packed_documents_equal_separate_ones(mesh, attention, scan):
     (_, together), packed_gradient = jax.jit(jax.value_and_grad(loss_packed, has_aux=True))(params)
     (_, apart), separate_gradient = jax.jit(jax.value_and_grad(loss_separate, has_aux=True))(params)
     np.testing.assert_allclose(together, apart, **ROUNDING)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), packed_gradient, separate_gradient)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), packed_gradient, separate_gradient
+    )
 
 
 MESHES = [
@@ -117,7 +121,9 @@ def loss_and_norm(config, sizes):
         return chunked_cross_entropy(hidden, model.head(params), targets, weights) / weights.sum()
 
     with jax.set_mesh(sharding.make_mesh(devices=devices, **sizes)):
-        params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), parameters(config), model.abstract(config))
+        params = jax.tree.map(
+            lambda x, like: jax.device_put(x, like.sharding), parameters(config), model.abstract(config)
+        )
         batch = [
             sharding.put(x.shape, x.dtype, "bt", lambda index, x=x: x[index])
             for x in (tokens[:, :-1], tokens[:, 1:], positions, segments, weights)
@@ -155,7 +161,9 @@ def test_remat_changes_no_gradient(mesh, remat, scan):
     loss = lambda params, remat: jnp.sum(hidden_states(config, params, ids(2, 8), remat=remat)[0] ** 2)
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient(params, remat), gradient(params, "none")
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        gradient(params, remat),
+        gradient(params, "none"),
     )
 
 
@@ -165,7 +173,9 @@ def test_decoding_step_by_step_equals_one_full_pass(mesh, changes):
     params = model.unstack_layers(parameters(config))
     tokens = ids(2, 12)
     full = np.asarray(hidden_states(config, params, tokens)[0])
-    step = jax.jit(lambda params, tokens, positions, cache: model.forward(config, params, tokens, positions, cache=cache))
+    step = jax.jit(
+        lambda params, tokens, positions, cache: model.forward(config, params, tokens, positions, cache=cache)
+    )
     # Row 1's prompt is shorter: what pads it is overwritten before it can be seen.
     prompts = np.where(np.arange(6) < [[6], [4]], tokens[:, :6], 0)
     hidden, cache = step(params, prompts, np.tile(np.arange(6, dtype=np.int32), (2, 1)), model.make_cache(config, 2, 6))

@@ -89,6 +89,11 @@ def test_split_attention_equals_whole(sizes):
         expected = np.asarray(attention(*qkv, mask, implementation="xla"))
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
     with jax.set_mesh(sharding.make_mesh(devices=devices, **sizes)):
-        split = [jax.device_put(np.asarray(x), sharding.activation(s, x.shape)) for x, s in zip(qkv, ("btnh", "bksh", "bksh"), strict=True)]
-        out = jax.jit(lambda qkv, mask: attention(*qkv, mask, implementation="xla"))(split, jax.tree.map(np.asarray, mask))
+        split = [
+            jax.device_put(np.asarray(x), sharding.activation(s, x.shape))
+            for x, s in zip(qkv, ("btnh", "bksh", "bksh"), strict=True)
+        ]
+        out = jax.jit(lambda qkv, mask: attention(*qkv, mask, implementation="xla"))(
+            split, jax.tree.map(np.asarray, mask)
+        )
         np.testing.assert_allclose(out, expected, **ROUNDING)

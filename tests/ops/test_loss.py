@@ -21,7 +21,10 @@ def plain(hidden, table, targets, weights):
 def test_value_and_gradients_equal_the_plain_loss(mesh, chunk, monkeypatch):
     monkeypatch.setattr(loss_ops, "_CHUNK", chunk)
     rng = np.random.default_rng(0)
-    hidden, table = jnp.asarray(rng.normal(size=(3, 11, 8)), jnp.float32), jnp.asarray(rng.normal(size=(50, 8)), jnp.float32)
+    hidden, table = (
+        jnp.asarray(rng.normal(size=(3, 11, 8)), jnp.float32),
+        jnp.asarray(rng.normal(size=(50, 8)), jnp.float32),
+    )
     targets = jnp.asarray(rng.integers(0, 50, (3, 11)), jnp.int32)
     weights = jnp.asarray(rng.random((3, 11)) * (rng.random((3, 11)) < 0.7), jnp.float32)
     got = jax.value_and_grad(lambda h, t: 3 * chunked_cross_entropy(h, t, targets, weights), (0, 1))(hidden, table)

@@ -96,11 +96,16 @@ def test_logits_and_gradients(mesh, changes):
     hidden, _ = model.forward(config, params, tokens, positions)
     np.testing.assert_allclose(model.logits(params, hidden), expected.detach().numpy(), **PARITY)
 
-    torch.nn.functional.cross_entropy(expected.flatten(0, 1), torch.tensor(targets.astype(np.int64)).flatten()).backward()
+    torch.nn.functional.cross_entropy(
+        expected.flatten(0, 1), torch.tensor(targets.astype(np.int64)).flatten()
+    ).backward()
 
     def loss(params):
         hidden, _ = model.forward(config, params, tokens, positions)
-        return chunked_cross_entropy(hidden, model.head(params), targets, np.ones(targets.shape, np.float32)) / targets.size
+        return (
+            chunked_cross_entropy(hidden, model.head(params), targets, np.ones(targets.shape, np.float32))
+            / targets.size
+        )
 
     got = jax.jit(jax.grad(loss))(params)
     want = translate(config, {name: p.grad for name, p in net.named_parameters()})
