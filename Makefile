@@ -25,7 +25,7 @@ $(VENV)/dev: $(VENV)/core
 
 demo: $(VENV)/core
 	$(BIN)/python -m train configs/quickstart.gin
-	$(BIN)/python -m infer generate runs/quickstart --prompt 'def ' --prompt 'import ' --prompt 'class ' --max-new-tokens 120 --temperature 0.7 --seed 0
+	$(BIN)/python -m infer generate runs/quickstart --prompt 'def ' --prompt 'import ' --prompt 'class ' --max-new-tokens 160 --temperature 0.6 --seed 0
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n 2

@@ -121,7 +121,7 @@ class Checkpointing:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Held-out loss every `every` steps and at the end, over `batches` micro-batches; 0 means all there are."""
+    """Held-out loss every `every` steps over `batches` micro-batches (0: all there are), and at the end over all."""
 
     every: int
     batches: int = 0

@@ -28,12 +28,16 @@ class HeldOut:
             shuffle=False,
         )
 
-    def loss(self, params: Params) -> float:
-        """Mean loss over all targets, in nats per token. NumericalError if it is not finite."""
-        batches = self._rows.num_batches
-        if self._config.evaluation.batches:
-            batches = min(batches, self._config.evaluation.batches)
-        sums = [self._eval_step(params, put_batch(self._rows, i, self._config)) for i in range(batches)]
+    def loss(self, params: Params, *, whole: bool) -> float:
+        """Mean loss over the targets, in nats per token: of the whole split, or of the batches the config asks for.
+
+        A part is spread evenly over the split: neighbouring rows are of one document. NumericalError if the loss is
+        not finite.
+        """
+        total, asked = self._rows.num_batches, self._config.evaluation.batches
+        count = total if whole or not asked else min(total, asked)
+        chosen = [i * total // count for i in range(count)]
+        sums = [self._eval_step(params, put_batch(self._rows, i, self._config)) for i in chosen]
         loss = sum(float(total) for total, _ in sums) / sum(float(weight) for _, weight in sums)
         if not math.isfinite(loss):
             raise NumericalError(

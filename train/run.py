@@ -115,7 +115,7 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
                 if saving:
                     saver.save(step, state)
                 if evaluating:
-                    loss = held_out.loss(state.params)
+                    loss = held_out.loss(state.params, whole=last)
                     record.held_out(step, loss=loss, bits_per_byte=held_out.bits_per_byte(loss))
                     report.line(f"step {step}: held-out loss {loss:.3f}")
                 if saving or evaluating:
