@@ -33,7 +33,7 @@ test: $(VENV)/test
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/core
 	$(BIN)/python benchmarks/train_cpu.py
