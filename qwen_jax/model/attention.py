@@ -25,10 +25,10 @@ class Attention(nn.Module):
         self, x: Float[Array, "B T D"], rotation: Rotation, mask: Mask, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         c, dtype = self.config, jnp.dtype(self.config.param_dtype)
-        kv_shape = (c.width, c.num_kv_heads, c.head_dim)
-        q = Linear("btd,dnh->btnh", (c.width, c.num_heads, c.head_dim), dtype, bias=c.qkv_bias, name="q")(x)
-        k = Linear("btd,dkh->btkh", kv_shape, dtype, bias=c.qkv_bias, name="k")(x)
-        v = Linear("btd,dkh->btkh", kv_shape, dtype, bias=c.qkv_bias, name="v")(x)
+        kv_shape = (c.num_kv_heads, c.head_dim, c.width)
+        q = Linear("btd,nhd->btnh", (c.num_heads, c.head_dim, c.width), dtype, bias=c.qkv_bias, name="q")(x)
+        k = Linear("btd,khd->btkh", kv_shape, dtype, bias=c.qkv_bias, name="k")(x)
+        v = Linear("btd,khd->btkh", kv_shape, dtype, bias=c.qkv_bias, name="v")(x)
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, dtype, name="q_norm")(q)
             k = RMSNorm(c.norm_eps, dtype, name="k_norm")(k)
@@ -38,5 +38,5 @@ class Attention(nn.Module):
             k, v = cache.k, cache.v
         y = attention(q, k, v, mask, implementation=self.implementation)
         # As in Qwen1: what is added to the residual stream starts smaller the more layers add to it.
-        o_shape, scale = (c.num_heads, c.head_dim, c.width), 0.5 / c.num_layers
-        return Linear("btnh,nhd->btd", o_shape, dtype, scale=scale, name="o")(y), cache
+        o_shape, scale = (c.width, c.num_heads, c.head_dim), 0.5 / c.num_layers
+        return Linear("btnh,dnh->btd", o_shape, dtype, scale=scale, name="o")(y), cache

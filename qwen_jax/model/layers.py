@@ -13,7 +13,7 @@ from qwen_jax.ops.norm import rms_norm
 
 
 class Linear(nn.Module):
-    """`einsum(pattern, x, w) + b`, e.g. "btd,dnh->btnh" with shape (D, N, H).
+    """`einsum(pattern, x, w) + b`, e.g. "btd,nhd->btnh" with shape (N, H, D).
 
     The letters say the rest: those of w that x lacks are the output (and the bias), those they share give the
     fan-in, and all of them how w is split. w starts with variance `scale / fan-in`, b with zeros.

@@ -19,7 +19,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c, dtype = self.config, jnp.dtype(self.config.param_dtype)
-        gate = Linear("btd,df->btf", (c.width, c.mlp_width), dtype, name="gate")(x)
-        up = Linear("btd,df->btf", (c.width, c.mlp_width), dtype, name="up")(x)
-        down = Linear("btf,fd->btd", (c.mlp_width, c.width), dtype, scale=0.5 / c.num_layers, name="down")
+        gate = Linear("btd,fd->btf", (c.mlp_width, c.width), dtype, name="gate")(x)
+        up = Linear("btd,fd->btf", (c.mlp_width, c.width), dtype, name="up")(x)
+        down = Linear("btf,df->btd", (c.width, c.mlp_width), dtype, scale=0.5 / c.num_layers, name="down")
         return down(jax.nn.silu(gate) * up)

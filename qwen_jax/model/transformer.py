@@ -17,6 +17,7 @@ from qwen_jax.model.cache import Cache
 from qwen_jax.model.layers import RMSNorm, Table
 from qwen_jax.ops.attention import Implementation
 from qwen_jax.ops.embedding import embed
+from qwen_jax.ops.linear import product
 from qwen_jax.ops.mask import Mask
 from qwen_jax.ops.rope import rotation
 
@@ -182,5 +183,4 @@ def head(params: Params) -> Float[Array, "V D"]:
 def logits(params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """The float32 logits of hidden states. For a few positions: a loss takes `ops.loss` instead."""
     table = sharding.gather(head(params).astype(hidden.dtype), "vd")
-    split = sharding.activation("btv", (*hidden.shape[:2], table.shape[0]))
-    return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32, out_sharding=split)
+    return product("btd,vd->btv", hidden, table)

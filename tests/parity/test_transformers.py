@@ -41,7 +41,7 @@ def oracle(config):
 
 
 def translate(config, named):
-    """Hugging Face names and [out, in] matrices to this library's stacked tree."""
+    """Hugging Face names to this library's stacked tree."""
     get = lambda name: named[name].detach().numpy()
 
     def layer(i):
@@ -50,17 +50,17 @@ def translate(config, named):
         attention = {}
         for name, n in heads.items():
             w = get(f"{at}self_attn.{name}_proj.weight")
-            attention[name] = {"w": w.T.reshape(config.width, n, config.head_dim)}
+            attention[name] = {"w": w.reshape(n, config.head_dim, config.width)}
             if config.qkv_bias:
                 attention[name]["b"] = get(f"{at}self_attn.{name}_proj.bias").reshape(n, config.head_dim)
             if config.qk_norm and name in "qk":
                 attention[f"{name}_norm"] = {"scale": get(f"{at}self_attn.{name}_norm.weight")}
-        o = get(f"{at}self_attn.o_proj.weight").T
-        attention["o"] = {"w": o.reshape(config.num_heads, config.head_dim, config.width)}
+        o = get(f"{at}self_attn.o_proj.weight")
+        attention["o"] = {"w": o.reshape(config.width, config.num_heads, config.head_dim)}
         return {
             "attention": attention,
             "attention_norm": {"scale": get(f"{at}input_layernorm.weight")},
-            "mlp": {name: {"w": get(f"{at}mlp.{name}_proj.weight").T} for name in ("gate", "up", "down")},
+            "mlp": {name: {"w": get(f"{at}mlp.{name}_proj.weight")} for name in ("gate", "up", "down")},
             "mlp_norm": {"scale": get(f"{at}post_attention_layernorm.weight")},
         }
 

@@ -1,0 +1,66 @@
+"""A run on two hosts, here two processes that share a file system, goes on on one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from qwen_jax import bindings
+from train.config import Mesh
+from train.record import METRICS
+
+TIMINGS = ("seconds", "tokens_per_second")
+TIMEOUT = 300
+
+
+def start(file: Path, *, hosts: int, devices: int, compiled: Path) -> list[subprocess.Popen]:
+    """The command on each of `hosts`, with as many virtual devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+    }
+    if hosts > 1:
+        environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts)}
+    command = [sys.executable, "-m", "train", str(file)]
+    return [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment | {"JAX_PROCESS_ID": str(host)})
+        for host in range(hosts)
+    ]
+
+
+def run(config, tmp_path: Path, **where) -> None:
+    file = tmp_path / "run.gin"
+    file.write_text(bindings.render(config))
+    processes = start(file, **where)
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=TIMEOUT)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def record(config) -> list[dict]:
+    lines = (Path(config.run_dir) / METRICS).read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+
+
+def test_two_hosts_then_one(config, change, tmp_path, compiled):
+    config = change(config, "mesh", Mesh(data=2))
+    moved = change(config, "run_dir", str(tmp_path / "moved"))
+    run(config, tmp_path, hosts=1, devices=2, compiled=compiled)
+    run(moved, tmp_path, hosts=2, devices=1, compiled=compiled)
+    assert record(moved) == record(config), "one host or two: the same rows, the same sums"
+    for step in (4, 6):
+        shutil.rmtree(Path(moved.run_dir) / "checkpoints" / f"{step:08}")
+    run(moved, tmp_path, hosts=1, devices=2, compiled=compiled)
+    assert record(moved) == record(config)

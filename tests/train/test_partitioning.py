@@ -1,0 +1,58 @@
+"""How XLA splits the training step over a mesh: what must not be in the compiled program."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax import model, sharding
+from tests.conftest import tiny_config
+from train import objectives, optim
+from train.config import Mesh
+from train.step import State, make_train_step
+
+WARNING = "nvoluntary full rematerialization"
+
+
+def compile_step(config) -> None:
+    """The training step on 8 devices, compiled from shapes alone."""
+    optimizer = optim.adamw(config.optimizer)
+    mesh = sharding.make_mesh(**vars(config.mesh))
+    with jax.set_mesh(mesh):
+        whole = NamedSharding(mesh, P())
+        params = model.abstract(config.model_config)
+        moments = jax.tree.map(
+            lambda x: x if x.sharding else x.update(sharding=whole), jax.eval_shape(optimizer.init, params)
+        )
+        shape = (1, config.batch_size, config.data.sequence_length)
+        rows = NamedSharding(mesh, P(None, *sharding.activation("bt", shape[1:])))
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=rows)
+            for name in ("tokens", "targets", "positions", "segments", "weights")
+        }
+        state = State(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params, moments)
+        step = make_train_step(objectives.make(config), optimizer, optim.cosine(config.schedule, peak=1.0, steps=9))
+        step.lower(state, batch).compile()
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, context=2, tensor=2)]
+)
+def test_nothing_is_rebuilt_whole_on_every_device(config, change, capfd, sizes):
+    config = change(change(config, "model", tiny_config(vocab_size=264)), "mesh", Mesh(**sizes))
+    compile_step(config)
+    assert WARNING not in capfd.readouterr().err
+
+
+def test_the_compiler_would_say_so(capfd):
+    """The gradient of a look-up that is left to the partitioner: were this silent, the test above would prove nothing."""
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    split = NamedSharding(mesh, P("tensor", "fsdp"))
+    table = jax.ShapeDtypeStruct((96, 32), jnp.float32, sharding=split)
+    tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=NamedSharding(mesh, P(("fsdp", "tensor"))))
+    gradient = jax.grad(lambda table, tokens: (table[tokens] ** 2).sum())
+    jax.jit(gradient, out_shardings=split).lower(table, tokens).compile()
+    assert WARNING in capfd.readouterr().err
