@@ -114,7 +114,7 @@ def init(config: ModelConfig, key: Array) -> Params:
 
 def abstract(config: ModelConfig) -> Params:
     """Shapes, dtypes and shardings of the parameters on the current mesh, layers stacked."""
-    return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
 
 
 @overload
