@@ -48,7 +48,7 @@ def test_nothing_is_rebuilt_whole_on_every_device(config, change, capfd, sizes):
 
 
 def test_the_compiler_would_say_so(capfd):
-    """The gradient of a look-up that is left to the partitioner: were this silent, the test above would prove nothing."""
+    """The gradient of a look-up that is left to the partitioner: if this is silent, so is the test above."""
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     split = NamedSharding(mesh, P("tensor", "fsdp"))
     table = jax.ShapeDtypeStruct((96, 32), jnp.float32, sharding=split)
