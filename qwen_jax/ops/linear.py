@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,15 @@ _FEW_ROWS = 32
 def contract(pattern: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, "..."]:
     """`einsum(pattern, x, w)` for an activation x and a parameter w as stored, e.g. "btd,nhd->btnh".
 
-    The result's letters are what is left of x's, then what is left of w's. w is cast to x's dtype and gathered along
-    fsdp; the result has x's dtype and the sharding of its letters.
+    The letters of w are the outputs, then the inputs, which end x; the result has x's rows, then the outputs.
+    w is cast to x's dtype and gathered along fsdp; the result has x's dtype and the sharding of its letters.
     """
-    letters = pattern.split("->")[0].split(",")[1]
-    return _contract(pattern, x, sharding.gather(w.astype(x.dtype), letters))
+    xs, ws, out = _letters(pattern)
+    inputs = "".join(letter for letter in ws if letter in xs)
+    rows, outputs = xs.removesuffix(inputs), ws.removesuffix(inputs)
+    if (xs, ws, out) != (rows + inputs, outputs + inputs, rows + outputs):
+        raise ValueError(f"{pattern!r} is not rows + inputs, outputs + inputs -> rows + outputs")
+    return _contract(pattern, x, sharding.gather(w.astype(x.dtype), ws))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -40,57 +44,56 @@ def _backward(pattern, saved, dy):
     # Written out, because autodiff of a product that accumulates in float32 would run both of these with
     # float32 operands: cotangents stay in the activations' dtype, as the forward operands do.
     x, w = saved
-    inputs, out = pattern.split("->")
-    xs, ws = inputs.split(",")
+    xs, ws, out = _letters(pattern)
     dx = product(f"{out},{ws}->{xs}", dy, w).astype(x.dtype)
-    dw = _weight_gradient(x, dy, xs, ws, out, w.shape)
-    return dx, dw.astype(w.dtype)
+    return dx, _weight_gradient(x, dy, pattern, w.shape).astype(w.dtype)
 
 
 _contract.defvjp(_forward, _backward)
 
 
 def product(pattern: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`contract` of a w that is gathered already, in float32."""
-    inputs, out = pattern.split("->")
-    xs, ws = inputs.split(",")
+    """`einsum(pattern, x, w)` of a w that is gathered already, in float32: the rows of x, then what is left of w."""
+    xs, ws, out = _letters(pattern)
     shared = [letter for letter in ws if letter in xs]
-    dims = [xs.index(letter) for letter in shared], [ws.index(letter) for letter in shared]
+    of_x, of_w = [xs.index(letter) for letter in shared], [ws.index(letter) for letter in shared]
     sizes = dict(zip(xs + ws, x.shape + w.shape, strict=True))
     split = lambda letters: sharding.activation(letters, [sizes[letter] for letter in letters])
-
-    def x_first(x, w):
-        return _dot(x, w, dims, split(out))
-
-    def w_first(x, w):
-        outputs = len(ws) - len(shared)
-        y = _dot(w, x, dims[::-1], split(out[-outputs:] + out[:-outputs]))
-        # The barrier keeps the compiler from turning the product round again.
-        return jnp.moveaxis(jax.lax.optimization_barrier(y), range(outputs), range(-outputs, 0))
-
+    x_first = lambda x, w: _dot(x, w, of_x, of_w, split(out))
     if math.prod(sizes[letter] for letter in xs if letter not in shared) > _FEW_ROWS or x.dtype != jnp.float32:
         return x_first(x, w)
     # XLA's CPU backend copies a right operand into panels before it multiplies, and reads a left one where it lies:
     # two to three times faster when there is little else to do. Not so in bfloat16.
+    w_first = lambda x, w: _turned(w, x, of_w, of_x, out, split)
     return jax.lax.platform_dependent(x, w, cpu=w_first, default=x_first)
 
 
-def _weight_gradient(x, dy, xs, ws, out, shape):
-    rows = [letter for letter in xs if letter not in ws]
-    dims = [xs.index(letter) for letter in rows], [out.index(letter) for letter in rows]
-    inputs = sum(letter in xs for letter in ws)
+def _weight_gradient(x, dy, pattern, shape):
+    xs, ws, out = _letters(pattern)
+    rows = [letter for letter in xs if letter in out]
+    of_x, of_dy = [xs.index(letter) for letter in rows], [out.index(letter) for letter in rows]
     split = lambda letters: sharding.gathered(letters, [shape[ws.index(letter)] for letter in letters])
-
-    def x_first(x, dy):
-        dw = _dot(x, dy, dims, split(ws[-inputs:] + ws[:-inputs]))
-        return jnp.moveaxis(jax.lax.optimization_barrier(dw), range(inputs), range(-inputs, 0))
-
-    def dy_first(x, dy):
-        return _dot(dy, x, dims[::-1], split(ws))
-
-    # XLA's CPU backend turns the left operand round: x once for all products it went into, or each of their dy.
+    # XLA's CPU backend transposes the left operand: x once for all products it went into, or each of their dy.
+    x_first = lambda x, dy: _turned(x, dy, of_x, of_dy, ws, split)
+    dy_first = lambda x, dy: _dot(dy, x, of_dy, of_x, split(ws))
     return jax.lax.platform_dependent(x, dy, cpu=x_first, default=dy_first)
 
 
-def _dot(a: Array, b: Array, dims: tuple[Sequence[int], Sequence[int]], split: P) -> Array:
-    return jax.lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=jnp.float32, out_sharding=split)
+def _letters(pattern: str) -> tuple[str, str, str]:
+    inputs, out = pattern.split("->")
+    xs, ws = inputs.split(",")
+    return xs, ws, out
+
+
+def _dot(a: Array, b: Array, of_a: list[int], of_b: list[int], split: P) -> Array:
+    """The product over dimensions `of_a` and `of_b`: what is left of a, then what is left of b."""
+    dims = ((of_a, of_b), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32, out_sharding=split)
+
+
+def _turned(a: Array, b: Array, of_a: list[int], of_b: list[int], out: str, split: Callable[[str], P]) -> Array:
+    """What is left of b, then what is left of a (the letters `out`), with a as the left operand all the same."""
+    first = a.ndim - len(of_a)
+    y = _dot(a, b, of_a, of_b, split(out[-first:] + out[:-first]))
+    # The barrier keeps the compiler from swapping the operands back.
+    return jnp.moveaxis(jax.lax.optimization_barrier(y), range(first), range(-first, 0))
