@@ -45,18 +45,24 @@ def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, 
     return State(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
 
 
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> State:
+    """Shapes, dtypes and shardings of the state on the current mesh, layers stacked."""
+    params = model.abstract(config)
+    whole = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
+    # The optimiser's own counters have no sharding yet; like everything else they belong on all devices.
+    moments = jax.tree.map(
+        lambda x: x if x.sharding else x.update(sharding=whole), jax.eval_shape(optimizer.init, params)
+    )
+    return State(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params, moments)
+
+
 def restored_state(
     checkpoint: Checkpoint, config: ModelConfig, optimizer: optax.GradientTransformation, *, unroll: bool
 ) -> State:
     """The state that a checkpoint holds, split over the current mesh, which need not be the one it was saved on."""
-    like = model.abstract(config)
-    whole = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
-    # The optimiser's own counters have no sharding yet; like everything else they belong on all devices.
-    moments = jax.tree.map(
-        lambda x: x if x.sharding else x.update(sharding=whole), jax.eval_shape(optimizer.init, like)
-    )
-    step = jax.device_put(np.int32(checkpoint.step), whole)
-    state = State(step, checkpoint.load("params", like), checkpoint.load("optimizer", moments))
+    like = abstract_state(config, optimizer)
+    step = jax.device_put(np.int32(checkpoint.step), like.step.sharding)
+    state = State(step, checkpoint.load("params", like.params), checkpoint.load("optimizer", like.optimizer))
     return jax.jit(model.unstack_layers)(state) if unroll else state
 
 

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from qwen_jax import sharding
-from qwen_jax.ops.linear import contract
+from qwen_jax.ops.linear import contract, letters
 from qwen_jax.ops.norm import rms_norm
 
 
@@ -27,8 +27,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        inputs, _ = self.pattern.split("->")
-        xs, ws = inputs.split(",")
+        xs, ws, _ = letters(self.pattern)
         ins = tuple(i for i, letter in enumerate(ws) if letter in xs)
         outs = tuple(i for i, letter in enumerate(ws) if letter not in xs)
         kernel = jax.nn.initializers.variance_scaling(
@@ -38,8 +37,8 @@ class Linear(nn.Module):
         w = self.param("w", lambda key: kernel(key, self.shape, self.param_dtype, out_sharding=split))
         y = contract(self.pattern, x, w)
         if self.bias:
-            letters, shape = "".join(ws[i] for i in outs), tuple(self.shape[i] for i in outs)
-            split = sharding.weight(letters, shape)
+            shape = tuple(self.shape[i] for i in outs)
+            split = sharding.weight("".join(ws[i] for i in outs), shape)
             b = self.param("b", lambda key: jnp.zeros(shape, self.param_dtype, out_sharding=split))
             y = y + b.astype(y.dtype)
         return y

@@ -23,7 +23,7 @@ def contract(pattern: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Fl
     The letters of w are the outputs, then the inputs, which end x; the result has x's rows, then the outputs.
     w is cast to x's dtype and gathered along fsdp; the result has x's dtype and the sharding of its letters.
     """
-    xs, ws, out = _letters(pattern)
+    xs, ws, out = letters(pattern)
     inputs = "".join(letter for letter in ws if letter in xs)
     rows, outputs = xs.removesuffix(inputs), ws.removesuffix(inputs)
     if (xs, ws, out) != (rows + inputs, outputs + inputs, rows + outputs):
@@ -44,7 +44,7 @@ def _backward(pattern, saved, dy):
     # Written out, because autodiff of a product that accumulates in float32 would run both of these with
     # float32 operands: cotangents stay in the activations' dtype, as the forward operands do.
     x, w = saved
-    xs, ws, out = _letters(pattern)
+    xs, ws, out = letters(pattern)
     dx = product(f"{out},{ws}->{xs}", dy, w).astype(x.dtype)
     return dx, _weight_gradient(x, dy, pattern, w.shape).astype(w.dtype)
 
@@ -54,11 +54,11 @@ _contract.defvjp(_forward, _backward)
 
 def product(pattern: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, "..."]:
     """`einsum(pattern, x, w)` of a w that is gathered already, in float32: the rows of x, then what is left of w."""
-    xs, ws, out = _letters(pattern)
+    xs, ws, out = letters(pattern)
     shared = [letter for letter in ws if letter in xs]
     of_x, of_w = [xs.index(letter) for letter in shared], [ws.index(letter) for letter in shared]
     sizes = dict(zip(xs + ws, x.shape + w.shape, strict=True))
-    split = lambda letters: sharding.activation(letters, [sizes[letter] for letter in letters])
+    split = lambda kept: sharding.activation(kept, [sizes[letter] for letter in kept])
     x_first = lambda x, w: _dot(x, w, of_x, of_w, split(out))
     if math.prod(sizes[letter] for letter in xs if letter not in shared) > _FEW_ROWS or x.dtype != jnp.float32:
         return x_first(x, w)
@@ -69,17 +69,18 @@ def product(pattern: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Flo
 
 
 def _weight_gradient(x, dy, pattern, shape):
-    xs, ws, out = _letters(pattern)
+    xs, ws, out = letters(pattern)
     rows = [letter for letter in xs if letter in out]
     of_x, of_dy = [xs.index(letter) for letter in rows], [out.index(letter) for letter in rows]
-    split = lambda letters: sharding.gathered(letters, [shape[ws.index(letter)] for letter in letters])
+    split = lambda kept: sharding.gathered(kept, [shape[ws.index(letter)] for letter in kept])
     # XLA's CPU backend transposes the left operand: x once for all products it went into, or each of their dy.
     x_first = lambda x, dy: _turned(x, dy, of_x, of_dy, ws, split)
     dy_first = lambda x, dy: _dot(dy, x, of_dy, of_x, split(ws))
     return jax.lax.platform_dependent(x, dy, cpu=x_first, default=dy_first)
 
 
-def _letters(pattern: str) -> tuple[str, str, str]:
+def letters(pattern: str) -> tuple[str, str, str]:
+    """The letters of the activation, of the weight and of the result."""
     inputs, out = pattern.split("->")
     xs, ws = inputs.split(",")
     return xs, ws, out

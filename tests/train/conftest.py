@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -15,6 +16,15 @@ from qwen_jax.config import ModelConfig, Rope
 from train import run as run_module
 from train.config import AdamW, Checkpointing, Cosine, Evaluation, TrainConfig
 from train.data.config import Data, Text, TrainBPE
+from train.record import METRICS
+
+TIMINGS = ("seconds", "tokens_per_second")
+
+
+def record(config) -> list[dict]:
+    """The rows of metrics.jsonl, without what differs from run to run."""
+    lines = (Path(config.run_dir) / METRICS).read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
 
 
 @pytest.fixture(scope="session")

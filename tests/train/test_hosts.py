@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -11,10 +10,9 @@ import sys
 from pathlib import Path
 
 from qwen_jax import bindings
+from tests.train.conftest import record
 from train.config import Mesh
-from train.record import METRICS
 
-TIMINGS = ("seconds", "tokens_per_second")
 TIMEOUT = 300
 
 
@@ -47,11 +45,6 @@ def run(config, tmp_path: Path, **where) -> None:
     finally:
         for process in processes:
             process.kill()
-
-
-def record(config) -> list[dict]:
-    lines = (Path(config.run_dir) / METRICS).read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
 
 
 def test_two_hosts_then_one(config, change, tmp_path, compiled):

@@ -8,11 +8,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qwen_jax import model, sharding
+from qwen_jax import sharding
 from tests.conftest import tiny_config
 from train import objectives, optim
 from train.config import Mesh
-from train.step import State, make_train_step
+from train.step import abstract_state, make_train_step
 
 WARNING = "nvoluntary full rematerialization"
 
@@ -22,20 +22,14 @@ def compile_step(config) -> None:
     optimizer = optim.adamw(config.optimizer)
     mesh = sharding.make_mesh(**vars(config.mesh))
     with jax.set_mesh(mesh):
-        whole = NamedSharding(mesh, P())
-        params = model.abstract(config.model_config)
-        moments = jax.tree.map(
-            lambda x: x if x.sharding else x.update(sharding=whole), jax.eval_shape(optimizer.init, params)
-        )
         shape = (1, config.batch_size, config.data.sequence_length)
         rows = NamedSharding(mesh, P(None, *sharding.activation("bt", shape[1:])))
         batch = {
             name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=rows)
             for name in ("tokens", "targets", "positions", "segments", "weights")
         }
-        state = State(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params, moments)
         step = make_train_step(objectives.make(config), optimizer, optim.cosine(config.schedule, peak=1.0, steps=9))
-        step.lower(state, batch).compile()
+        step.lower(abstract_state(config.model_config, optimizer), batch).compile()
 
 
 @pytest.mark.parametrize(

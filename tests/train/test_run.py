@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 from pathlib import Path
@@ -15,22 +14,16 @@ import pytest
 from qwen_jax import bindings
 from qwen_jax.errors import INTERRUPTED, SAVED_PLEASE_RESTART, ConfigError, FileError, NumericalError
 from qwen_jax.weights.checkpoint import Checkpoints
+from tests.train.conftest import record
 from train import run as run_module
 from train.config import Mesh
 from train.record import METRICS
-
-TIMINGS = ("seconds", "tokens_per_second")
 
 pytestmark = pytest.mark.usefixtures("enough_devices")
 
 
 def run(config, **options) -> int:
     return run_module.run(config, bindings.render(config), **options)
-
-
-def record(config) -> list[dict]:
-    lines = (Path(config.run_dir) / METRICS).read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
 
 
 def steps(config) -> list[int]:
