@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from infer.config import parse
-from qwen_jax.errors import run_command
+from qwen_jax.command import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,10 +6,9 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from qwen_jax.command import Parser
 from qwen_jax.config import DType
-from qwen_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +46,6 @@ class Generate:
     batch_size: int
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {self.prog} --help lists the options")
-
-
 EXIT_CODES = (
     "exit codes: 0 done, 1 unexpected, 2 usage, 3 prompts or model, 4 file or permission, 5 numerical failure, "
     "130 interrupted"
@@ -60,7 +54,7 @@ EXIT_CODES = (
 
 def parse(arguments: Sequence[str] | None = None) -> Generate:
     """The options in `arguments` (default: those of the process). Raises ConfigError for any it does not know."""
-    parser = _Parser(prog="python -m infer", description="Run a trained model.", allow_abbrev=False)
+    parser = Parser(prog="python -m infer", description="Run a trained model.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     generate = commands.add_parser(
         "generate",
@@ -68,7 +62,6 @@ def parse(arguments: Sequence[str] | None = None) -> Generate:
         description="Continue prompts. One prompt streams to standard output as it is made; several are printed when "
         "done; JSON lines come out with --output, or when JSON lines came in.",
         epilog=EXIT_CODES,
-        allow_abbrev=False,
     )
     _add_files(generate)
     _add_sampling(generate)

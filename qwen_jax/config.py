@@ -27,6 +27,21 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """The head of a reward or classification model: `labels` numbers per position, from the final hidden state.
+
+    One matrix without bias, or with `hidden` two matrices with biases and a ReLU between them.
+    """
+
+    labels: int
+    hidden: bool
+
+    def __post_init__(self) -> None:
+        if self.labels < 1:
+            raise ConfigError(f"labels={self.labels} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape and the constants of one dense Qwen.
 
@@ -42,9 +57,10 @@ class ModelConfig:
       norm_eps: epsilon of every RMSNorm.
       qkv_bias: whether the query, key and value projections have a bias (Qwen1 to Qwen2.5).
       qk_norm: whether queries and keys are normalised per head before rotation (Qwen3).
-      tie_embeddings: whether the output head is the embedding table.
+      tie_embeddings: whether the output head is the embedding table; without effect where there is a score.
       rope: how positions become rotations.
       windows: per layer, how many of the latest keys a query sees; 0 for all; empty for all in each layer.
+      score: the head that stands in place of the output head in a reward or classification model; None in others.
       param_dtype: type the parameters are kept in.
       dtype: type of activations and of matmul inputs; norms, softmax, rope angles and the loss are float32.
     """
@@ -63,6 +79,7 @@ class ModelConfig:
     tie_embeddings: bool
     rope: Rope
     windows: tuple[int, ...] = ()
+    score: Score | None = None
     param_dtype: DType = "float32"
     dtype: DType = "float32"
 
@@ -94,8 +111,11 @@ class ModelConfig:
         q, kv = self.num_heads * h, self.num_kv_heads * h
         attention = 2 * d * q + 2 * d * kv + (q + 2 * kv if self.qkv_bias else 0) + (2 * h if self.qk_norm else 0)
         block = attention + 3 * d * self.mlp_width + 2 * d
-        tables = self.vocab_size * d * (1 if self.tie_embeddings else 2)
-        return tables + self.num_layers * block + d
+        head = 0 if self.tie_embeddings else self.vocab_size * d
+        if self.score:
+            labels = self.score.labels
+            head = d * d + d + labels * d + labels if self.score.hidden else labels * d
+        return self.vocab_size * d + self.num_layers * block + d + head
 
     def to_json(self) -> str:
         """The config as JSON that `from_json` reads back to an equal one."""
@@ -103,9 +123,13 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
-        """The config that `to_json` wrote. A missing or unknown field is an error."""
+        """The config that `to_json` wrote. A missing or unknown field is a ModelError."""
         try:
             values: dict[str, Any] = json.loads(text)
-            return cls(**{**values, "rope": Rope(**values["rope"]), "windows": tuple(values["windows"])})
+            parts: dict[str, Any] = {"rope": Rope(**values["rope"]), "windows": tuple(values["windows"])}
+            # Absent from configs written before there were scores.
+            if values.get("score") is not None:
+                parts["score"] = Score(**values["score"])
+            return cls(**(values | parts))
         except (ValueError, TypeError, KeyError) as error:
             raise ModelError(f"not a model config of this library: {error}") from error

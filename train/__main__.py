@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_jax import bindings
-from qwen_jax.errors import run_command
+from qwen_jax.command import Parser, run_command
 from train.config import TrainConfig
 
 EPILOG = """\
@@ -25,7 +25,7 @@ exit codes: 0 done, 1 unexpected, 2 usage or config, 3 data or model, 4 file or 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of the command line `arguments` (default: this process's)."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m train", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", metavar="CONFIG.gin", type=Path, help="what to train")

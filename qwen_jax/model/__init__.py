@@ -1,9 +1,11 @@
 """The model: the only folder that imports flax.
 
-B batch, T query, S key, D width, N heads, K kv heads, G = N / K, H head dim, F mlp, E experts, V vocabulary, L layers.
+B batch, T query, S key, D width, N heads, K kv heads, G = N / K, H head dim, F mlp, E experts, V vocabulary, L layers,
+C labels of a score.
 """
 
 from qwen_jax.model.cache import Cache, LayerCache, make_cache
+from qwen_jax.model.heads import scores
 from qwen_jax.model.layout import stack_layers, unstack_layers
 from qwen_jax.model.transformer import Params, Qwen, Remat, abstract, forward, head, init, logits
 
@@ -20,6 +22,7 @@ __all__ = [
     "forward",
     "head",
     "logits",
+    "scores",
     # What decoding remembers
     "Cache",
     "LayerCache",

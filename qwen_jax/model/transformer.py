@@ -14,6 +14,7 @@ from qwen_jax import sharding
 from qwen_jax.config import ModelConfig
 from qwen_jax.model.block import Block
 from qwen_jax.model.cache import Cache
+from qwen_jax.model.heads import ScoreHead
 from qwen_jax.model.layers import RMSNorm, Table
 from qwen_jax.ops.attention import Implementation
 from qwen_jax.ops.embedding import embed
@@ -28,7 +29,7 @@ _POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "
 
 
 class Qwen(nn.Module):
-    """Token ids to the hidden states under the output head.
+    """Token ids to the hidden states under the output head, or under the score.
 
     Attributes:
       config: shape and constants.
@@ -78,7 +79,10 @@ class Qwen(nn.Module):
                 filled.append(layer)
             cache = None if cache is None else Cache(tuple(filled))
         x = RMSNorm(c.norm_eps, param_dtype, name="final_norm")(x)
-        if not c.tie_embeddings:
+        if c.score:
+            # Only makes the parameters: the compiler leaves out a result that nothing reads.
+            ScoreHead(c.score, param_dtype, name="score")(x)
+        elif not c.tie_embeddings:
             Table((c.vocab_size, c.width), param_dtype, name="head")()
         return x, cache
 
@@ -176,7 +180,9 @@ def forward(
 
 
 def head(params: Params) -> Float[Array, "V D"]:
-    """The output head: its own table, or the embedding where they are tied."""
+    """The output head: its own table, or the embedding where they are tied. A model with a score has none."""
+    if "score" in params:
+        raise ValueError("a model with a score has no output head: take model.scores(config, params, hidden)")
     return params["head" if "head" in params else "embed"]["w"]
 
 

@@ -1,8 +1,10 @@
-"""Byte-level BPE tokenizers: load, train, encode as plain text, decode as a stream.
+"""Byte-level BPE tokenizers: load, train, encode text, decode as a stream.
 
 The family's pipeline (tokenization_qwen.py of QwenLM/Qwen): NFC, a split by `PIECES`, bytes as printable
 characters, merges by rank. Encoding runs in the `tokenizers` library. Decoding is a table of bytes per id, so
 that whole and streamed decoding are one thing.
+
+Text is plain unless the caller says that it trusts it: only `encode_trusted` gives control ids.
 """
 
 from __future__ import annotations
@@ -11,56 +13,31 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
 from tokenizers import trainers
 
-from qwen_jax.errors import ConfigError, DataError, FileError, ModelError
+from qwen_jax.errors import ConfigError, DataError, ModelError
+from qwen_jax.text import vocabulary
+from qwen_jax.text.vocabulary import ADDED_TOKEN_FLAGS, BYTE_OF, END_OF_TEXT, FAMILY, SPECIAL_TOKENS
 
-# The family's split into pieces, literally. One digit per piece; cl100k, where it comes from, has up to three.
-PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-END_OF_TEXT = "<|endoftext|>"
-SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-_SPLIT = {"type": "Split", "pattern": {"Regex": PIECES}, "behavior": "Isolated", "invert": False}
-# The pipeline as the family's tokenizer.json files write it, without tokens.
-_FAMILY: dict[str, Any] = {
-    "version": "1.0",
-    "truncation": None,
-    "padding": None,
-    "added_tokens": [],
-    "normalizer": {"type": "NFC"},
-    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [_SPLIT, _BYTE_LEVEL]},
-    "post_processor": _BYTE_LEVEL,
-    "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-    "model": {"type": "BPE", "vocab": {}, "merges": []},
-}
 # Characters of one to four bytes, and the white space that pipelines treat in special ways.
 _PROBE = "Ab é你🙂  \t\r\n x"
 # The library needs some 120 bytes per character while it encodes, so it gets no more at once than _BATCH.
 _BATCH = 1_000_000
 _PART = 100_000
-# No piece of PIECES goes on after a newline that something else than white space follows, so text can be cut there.
-_CUT = re.compile(r"\n(?=\S)")
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's one printable character per byte: itself where printable, else the next free one from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-BYTE_OF = _byte_alphabet()
+# No piece of PIECES has a newline before a character that is not white space, or such a character before a space, and
+# none looks further: text can be cut there.
+_CUT = re.compile(r"\n(?=\S)|\S(?= )")
+_MAX_PATTERNS = 10_000  # characters of the stages around the model; the family's have 700
 # For str.translate: each character of the alphabet to its byte, every other one to what latin-1 cannot encode.
 _TO_BYTES = dict.fromkeys(range(256), 0xFFFF) | {ord(character): byte for character, byte in BYTE_OF.items()}
 
@@ -71,39 +48,56 @@ class Tokenizer:
     Attributes:
       num_tokens: largest id + 1; every id below has a token.
       end_of_text: id of <|endoftext|>, which ends each document.
+      control: text to id of every added token; these ids never come from plain text.
+      special: ids of those control tokens that `decode` leaves out unless asked.
     """
 
     num_tokens: int
     end_of_text: int
+    control: Mapping[str, int]
+    special: frozenset[int]
 
     def __init__(self, data: bytes) -> None:
         """`data` is the content of a tokenizer.json; anything but a byte-level BPE is a ModelError."""
         self._data = data
         try:
             spec = _parse(data)
-            added = {token["content"]: token for token in spec["added_tokens"]}
+            added = _added(spec["added_tokens"])
             self._pieces = _pieces(spec["model"]["vocab"], added)
             self.end_of_text = added[END_OF_TEXT]["id"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"not a tokenizer.json of the Qwen family: {type(error).__name__}: {error}") from error
         self.num_tokens = len(self._pieces)
+        self.control = MappingProxyType({content: token["id"] for content, token in added.items()})
+        self.special = frozenset(token["id"] for token in added.values() if token.get("special"))
+        # Of two control tokens that begin at the same place the longer one is meant.
+        longest_first = sorted(added, key=len, reverse=True)
+        self._control_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         # Without its added tokens the encoder cannot turn text into a control id, whatever the text holds.
         # A stored truncation or padding would lose text in silence.
         plain = {"added_tokens": [], "truncation": None, "padding": None, "post_processor": None}
-        self._cuts = all(spec.get(stage) == _FAMILY[stage] for stage in ("normalizer", "pre_tokenizer"))
+        self._cuts = all(spec.get(stage) == FAMILY[stage] for stage in ("normalizer", "pre_tokenizer"))
         self._encoder = _library_tokenizer(json.dumps(spec | plain))
-        self._check_encoder(added)
+        self._check_encoder()
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """The tokenizer of a tokenizer.json, or of the directory that holds one."""
-        file = path / "tokenizer.json" if path.is_dir() else path
+        """The tokenizer of a folder in any form it is published in, or of its main file.
+
+        The forms are tokenizer.json, vocab.json with merges.txt, and qwen.tiktoken; the first that is there is read.
+        Raises FileError where there is none, ModelError where files are damaged or contradict each other.
+        """
+        data = vocabulary.read(path)
         try:
-            return cls(file.read_bytes())
-        except OSError as error:
-            raise FileError(f"cannot read tokenizer {file}: {error.strerror}; give a tokenizer.json") from error
+            tokenizer = cls(data)
         except ModelError as error:
-            raise ModelError(f"{file}: {error}") from error
+            raise ModelError(f"{path}: {error}") from error
+        for token in vocabulary.added_tokens(path) if path.is_dir() else ():
+            content, index = token["content"], token["id"]
+            if (known := tokenizer.control.get(content)) != index:
+                here = "lacks it" if known is None else f"says {known}"
+                raise ModelError(f"{path}: added token {content!r} is configured with id {index}, its tokenizer {here}")
+        return tokenizer
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Tokenizer:
@@ -119,6 +113,14 @@ class Tokenizer:
         """sha256 of `to_bytes()` in hex: equal fingerprints, equal ids."""
         return hashlib.sha256(self._data).hexdigest()
 
+    def check_fits(self, vocab_size: int) -> None:
+        """A ModelError unless a model of `vocab_size` embeddings has one for every id."""
+        if self.num_tokens > vocab_size:
+            raise ModelError(
+                f"the tokenizer has {self.num_tokens} tokens and the model a vocabulary of {vocab_size}; "
+                "give the tokenizer that the model was trained with"
+            )
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` taken as plain text: `<|im_end|>` in it gives the ids of its characters."""
         return self.encode_batch([text])[0]
@@ -126,42 +128,74 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, as `encode` gives them, on all cores. A lone surrogate is a DataError."""
         out: list[list[int]] = [[] for _ in texts]
-        for batch in _batches((index, part) for index, text in enumerate(texts) for part in self._parts(text)):
-            parts = [part for _, part in batch]
+        for index, _, encoding in self._encodings(texts, self._encoder.encode_batch_fast):
+            out[index] += encoding.ids
+        return out
+
+    def encode_trusted(self, text: str) -> list[int]:
+        """Ids of text that the program or its user vouches for: control tokens in it become their ids.
+
+        This is what Hugging Face tokenizers do with every text. What others wrote belongs into `encode`.
+        """
+        runs = self._control_pattern.split(text)  # plain, control, plain, … plain
+        ids = self.encode_batch(runs[::2])
+        for before, control in zip(ids, runs[1::2], strict=False):
+            before.append(self.control[control])
+        return list(chain.from_iterable(ids))
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of `text` as `encode` gives them, and of each the characters `text[start:end]` that it stands for.
+
+        Spans leave no character out. They overlap where one character, or a letter and its marks that NFC makes
+        one, becomes several tokens: each of these has the span of the whole.
+        """
+        ids, spans = [], []
+        for _, start, encoding in self._encodings([text], self._encoder.encode_batch):
+            ids += encoding.ids
+            spans += [(start + a, start + b) for a, b in encoding.offsets]
+        # NFC joins characters into the first of them, and the library leaves the others out of its spans.
+        starts = [*sorted({start for start, _ in spans}), len(text)]
+        return ids, [(start, starts[bisect_left(starts, end)]) for start, end in spans]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`, without special tokens unless asked; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self._piece(token, skip_special) for token in ids).decode("utf-8", errors="replace")
+
+    def stream(self, *, skip_special: bool = True) -> StreamDecoder:
+        """A decoder that takes ids one by one."""
+        return StreamDecoder(self, skip_special=skip_special)
+
+    def _piece(self, token: int, skip_special: bool) -> bytes:
+        if not 0 <= token < self.num_tokens:
+            raise DataError(f"token id {token} is outside 0..{self.num_tokens - 1} of this tokenizer")
+        return b"" if skip_special and token in self.special else self._pieces[token]
+
+    def _encodings(
+        self, texts: Sequence[str], encode: Callable[..., list[tokenizers.Encoding]]
+    ) -> Iterator[tuple[int, int, tokenizers.Encoding]]:
+        """What the library's `encode` makes of each part of `texts`: index of the text, start of the part, result."""
+        for batch in _batches((index, *part) for index, text in enumerate(texts) for part in self._parts(text)):
+            parts = [part for _, _, part in batch]
             try:
-                encodings = self._encoder.encode_batch_fast(parts, add_special_tokens=False)
+                encodings = encode(parts, add_special_tokens=False)
             except TypeError:
                 _check_encodable(parts)
                 raise
-            for (index, _), encoding in zip(batch, encodings, strict=True):
-                out[index] += encoding.ids
-        return out
+            for (index, start, _), encoding in zip(batch, encodings, strict=True):
+                yield index, start, encoding
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(map(self._piece, ids)).decode("utf-8", errors="replace")
-
-    def stream(self) -> StreamDecoder:
-        """A decoder that takes ids one by one."""
-        return StreamDecoder(self)
-
-    def _piece(self, token: int) -> bytes:
-        if not 0 <= token < self.num_tokens:
-            raise DataError(f"token id {token} is outside 0..{self.num_tokens - 1} of this tokenizer")
-        return self._pieces[token]
-
-    def _parts(self, text: str) -> Iterator[str]:
-        """`text` in parts whose ids, joined, are those of the whole: of some _PART characters where it can be cut."""
+    def _parts(self, text: str) -> Iterator[tuple[int, str]]:
+        """Start and text of parts whose ids, joined, are those of the whole; of some _PART characters if possible."""
         start = 0
         while self._cuts and len(text) - start > _PART and (cut := _CUT.search(text, start + _PART)):
-            yield text[start : cut.end()]
+            yield start, text[start : cut.end()]
             start = cut.end()
-        yield text[start:]
+        yield start, text[start:]
 
-    def _check_encoder(self, added: dict[str, Any]) -> None:
+    def _check_encoder(self) -> None:
         """A ModelError if plain text gives control ids, or does not come back from its ids."""
-        control = {token["id"] for token in added.values()}
-        for content, ids in zip(added, self.encode_batch(list(added)), strict=True):
+        control = set(self.control.values())
+        for content, ids in zip(self.control, self.encode_batch(list(self.control)), strict=True):
             if control.intersection(ids):
                 raise ModelError(f"the tokenizer's merges build the added token {content!r} out of plain text")
         if (back := self.decode(self.encode(_PROBE))) != _PROBE:
@@ -169,15 +203,16 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text of ids pushed one at a time; what it returns, joined, is `Tokenizer.decode` of all of them."""
+    """Text of ids pushed one at a time; what it returns, joined, is `decode` of all of them."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool) -> None:
         self._tokenizer = tokenizer
+        self._skip_special = skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
         """The text that `token` completes: whole characters, "" while one is still open."""
-        return self._utf8.decode(self._tokenizer._piece(token))
+        return self._utf8.decode(self._tokenizer._piece(token, self._skip_special))
 
     def finish(self) -> str:
         """What is left: "", or U+FFFD for a character that never was completed."""
@@ -191,7 +226,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(f"vocab_size={vocab_size} must be at least {MIN_VOCAB_SIZE}: 256 bytes and special tokens")
-    tokenizer = _library_tokenizer(json.dumps(_FAMILY))
+    tokenizer = _library_tokenizer(json.dumps(FAMILY))
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
         initial_alphabet=sorted(BYTE_OF),
@@ -216,14 +251,34 @@ def _parse(data: bytes) -> dict[str, Any]:
         raise ModelError(f"model and decoder are {kinds}; only byte-level BPE is read: ('BPE', 'ByteLevel')")
     if missing := len(BYTE_OF.keys() - model["vocab"].keys()):
         raise ModelError(f"{missing} of the 256 bytes have no token, so some text could not be encoded")
+    patterns = len(json.dumps([spec.get(stage) for stage in ("normalizer", "pre_tokenizer", "decoder")]))
+    if patterns > _MAX_PATTERNS:
+        raise ModelError(
+            f"normalizer, pre_tokenizer and decoder take {patterns:,} characters; at most {_MAX_PATTERNS:,}"
+        )
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(option):
             raise ModelError(f"the model has {option}={model[option]!r}; only byte-level BPE without it is read")
     return spec
 
 
-def _pieces(vocab: dict[str, int], added: dict[str, Any]) -> list[bytes]:
-    """The bytes of every id, b"" for special tokens; a ModelError unless the ids are 0..n-1, each once."""
+def _added(tokens: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The added tokens by content; a ModelError for one that is not found in text exactly as it is written."""
+    added: dict[str, dict[str, Any]] = {}
+    for token in tokens:
+        content, index = token["content"], token["id"]
+        if type(index) is not int or not content or content in added:
+            raise ModelError(f"added token {content!r} with id {index!r} is empty, comes twice or has no integer id")
+        for flag in ADDED_TOKEN_FLAGS:
+            allowed = (False, True) if flag in ("normalized", "special") else (False,)
+            if (value := token.get(flag, False)) not in allowed:
+                raise ModelError(f"added token {content!r} has {flag}={value!r}; only {allowed} is read")
+        added[content] = token
+    return added
+
+
+def _pieces(vocab: dict[str, int], added: dict[str, dict[str, Any]]) -> list[bytes]:
+    """The bytes of every id; a ModelError unless the ids are 0..n-1, each once."""
     pieces: dict[int, bytes] = {}
     for token, index in vocab.items():
         if index in pieces:
@@ -233,10 +288,10 @@ def _pieces(vocab: dict[str, int], added: dict[str, Any]) -> list[bytes]:
         except UnicodeEncodeError:
             raise ModelError(f"token {token!r} is not written in the byte-level alphabet") from None
     for content, token in added.items():
-        if vocab.get(content, token["id"]) != token["id"] or (content not in vocab and token["id"] in pieces):
-            raise ModelError(f"added token {content!r} has id {token['id']}, which the vocabulary contradicts")
-        text = content.encode()
-        pieces[token["id"]] = b"" if token.get("special") else text
+        index = token["id"]
+        if vocab.get(content, index) != index or (content not in vocab and index in pieces):
+            raise ModelError(f"added token {content!r} has id {index}, which another token has, or it has another id")
+        pieces[index] = content.encode()
     if pieces.keys() != set(range(len(pieces))):
         raise ModelError(f"{len(pieces)} tokens have ids up to {max(pieces)}; ids must be 0..n-1 without a gap")
     return [pieces[index] for index in range(len(pieces))]
@@ -249,12 +304,12 @@ def _library_tokenizer(text: str) -> tokenizers.Tokenizer:
         raise ModelError(f"not a tokenizer.json: {error}") from error
 
 
-def _batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """The (index, text) pairs in lists of about _BATCH characters."""
+def _batches(parts: Iterable[tuple[int, int, str]]) -> Iterator[list[tuple[int, int, str]]]:
+    """The (index, start, text) triples in lists of about _BATCH characters."""
     batch, size = [], 0
-    for index, text in parts:
-        batch.append((index, text))
-        size += len(text)
+    for part in parts:
+        batch.append(part)
+        size += len(part[-1])
         if size >= _BATCH:
             yield batch
             batch, size = [], 0

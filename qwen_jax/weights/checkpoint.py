@@ -53,6 +53,7 @@ class Checkpoint:
       path: its folder.
       step: training step.
       meta: what was given to save() as `meta`.
+      files: names of the files given to save().
     """
 
     def __init__(self, path: Path, *, verified: Collection[str]) -> None:
@@ -61,12 +62,12 @@ class Checkpoint:
         self._verified = set(verified)
         self.step = self._manifest.step
         self.meta = self._manifest.meta
+        self.files = [file for file in self._manifest.files if "/" not in file]
 
     def read(self, name: str) -> bytes:
         """The contents of a file given to save(). Raises ModelError if there is none of that name."""
-        names = [file for file in self._manifest.files if "/" not in file]
-        if name not in names:
-            raise ModelError(f"checkpoint {self.path} has no file {name}; it has {', '.join(names) or 'none'}")
+        if name not in self.files:
+            raise ModelError(f"checkpoint {self.path} has no file {name}; it has {', '.join(self.files) or 'none'}")
         try:
             return (self.path / name).read_bytes()
         except OSError as error:

@@ -15,7 +15,7 @@ import pytest
 
 import infer.generate
 from infer.__main__ import main
-from qwen_jax.errors import run_command
+from qwen_jax.command import run_command
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--max-new-tokens", "9", "--batch-size", "2"]

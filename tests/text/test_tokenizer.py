@@ -1,9 +1,11 @@
 """The tokenizer: reversible, deterministic, safe against control tokens in text, strict about its file."""
 
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -39,12 +41,12 @@ def test_text_comes_back_nfc(text):
     assert SMALL.decode(SMALL.encode(text)) == unicodedata.normalize("NFC", text)
 
 
-@given(st.lists(st.integers(0, SMALL.num_tokens - 1), max_size=60))
+@given(st.lists(st.integers(0, SMALL.num_tokens - 1), max_size=60), st.booleans())
 @settings(deadline=None)
-def test_stream_joins_to_decode_of_any_ids(ids):
-    stream = SMALL.stream()
+def test_stream_joins_to_decode_of_any_ids(ids, skip_special):
+    stream = SMALL.stream(skip_special=skip_special)
     pushed = [stream.push(token) for token in ids]
-    assert "".join(pushed) + stream.finish() == SMALL.decode(ids)
+    assert "".join(pushed) + stream.finish() == SMALL.decode(ids, skip_special=skip_special)
 
 
 @given(UNICODE)
@@ -78,6 +80,75 @@ def test_bytes_have_gpt2s_order_and_specials_come_last():
     assert SMALL.end_of_text == 377
     assert [t["content"] for t in spec_of()["added_tokens"]] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     assert SMALL.decode([377, 378, 0, 379]) == "!"
+    assert SMALL.decode([377, 378, 0, 379], skip_special=False) == "<|endoftext|><|im_start|>!<|im_end|>"
+
+
+CONTROL_TEXT = st.lists(
+    st.sampled_from([*"ab é你🙂\n\u0301<|>", "<tool_call>", "<tool_call>s", "<|im_end|>", "<|im_", "tool"])
+).map("".join)
+
+
+def with_tool_tokens():
+    """SMALL with two added tokens that are not special, one the beginning of the other."""
+    spec = spec_of()
+    for index, content in ((380, "<tool_call>"), (381, "<tool_call>s")):
+        spec["added_tokens"].append(spec["added_tokens"][0] | {"id": index, "content": content, "special": False})
+    return load(spec)
+
+
+TOOLS = with_tool_tokens()
+
+
+@given(CONTROL_TEXT)
+@settings(deadline=None)
+def test_trusted_text_is_encoded_as_the_library_does_and_plain_text_never_gives_control_ids(text):
+    library = tokenizer._library_tokenizer(TOOLS.to_bytes().decode())
+    ids = TOOLS.encode_trusted(text)
+    assert ids == library.encode(text, add_special_tokens=False).ids
+    assert TOOLS.decode(ids) == library.decode(ids, skip_special_tokens=True)
+    assert TOOLS.decode(ids, skip_special=False) == library.decode(ids, skip_special_tokens=False)
+    assert not set(TOOLS.control.values()).intersection(TOOLS.encode(text))
+    assert not set(TOOLS.control.values()).intersection(TOOLS.encode_with_offsets(text)[0])
+
+
+def test_control_tokens_are_known_by_text_and_cannot_be_changed():
+    assert TOOLS.control == {
+        "<|endoftext|>": 377, "<|im_start|>": 378, "<|im_end|>": 379, "<tool_call>": 380, "<tool_call>s": 381,
+    }  # fmt: skip
+    assert TOOLS.special == {377, 378, 379}
+    with pytest.raises(TypeError):
+        TOOLS.control["!"] = 0  # pyright: ignore[reportIndexIssue]
+
+
+# Marks that NFC joins, reorders, splits or leaves; conjoining Hangul; characters of several tokens.
+MARKED = ["a", "e\u0301", "\u0301", "\u0323", ">", "\u0338", "\u1100", "\u1161", "\u11a8", "\u0958", "\u0344", "\u0f73"]
+MARKED += ["\u212b", "\u2126", "🙂", "👩\u200d👧", "根", " ", "\n", "fox", "1", "\U0001d15e", "か\u3099"]
+
+
+def nfc(text):
+    return unicodedata.normalize("NFC", text)
+
+
+@given(st.lists(st.sampled_from(MARKED), max_size=10).map("".join))
+@example("a\u0301\u0323b")
+@example("か\u3099")
+@settings(deadline=None)
+def test_offsets_are_those_of_the_text_before_normalisation(text):
+    ids, spans = SMALL.encode_with_offsets(text)
+    assert ids == SMALL.encode(text)
+    assert {i for start, end in spans for i in range(start, end)} == set(range(len(text)))
+    assert spans == sorted(spans)
+    ends = list(itertools.accumulate(len(SMALL._pieces[token]) for token in ids))
+    # Where the text can be cut without changing what NFC makes of it, bytes and characters can be counted.
+    for cut in range(1, len(text)):
+        if any(
+            nfc(text[a:cut]) + nfc(text[cut:b]) != nfc(text[a:b]) for a in range(cut) for b in range(cut, len(text))
+        ):
+            continue
+        left = len(nfc(text[:cut]).encode())
+        for (start, end), last, first in zip(spans, ends, [0, *ends], strict=False):
+            assert (start < cut) == (first < left)
+            assert (end > cut) == (last > left)
 
 
 @pytest.mark.parametrize("text", ["<|endoftext|>", "a<|im_end|>\n<|im_start|>system", " <|im_end|> "])
@@ -136,9 +207,23 @@ def test_long_texts_are_cut_where_it_changes_nothing(text):
         assert SMALL.encode_batch([text, "", "x\n" + text]) == [whole, [], SMALL.encode("x\n" + text)]
 
 
-@pytest.mark.parametrize("unit", [" ", "\n ", "a", "'", "\u0301", "9"])
-def test_pathological_text_is_encoded_in_bounded_time(unit):
-    assert SMALL.decode(SMALL.encode(unit * 20_000)) == unit * 20_000
+@given(st.lists(st.sampled_from([*CUTTABLE, "<|im_end|>"])).map("".join))
+@settings(deadline=None)
+def test_cuts_change_neither_offsets_nor_trusted_text(text):
+    with pytest.MonkeyPatch.context() as patch:
+        whole, trusted = SMALL.encode_with_offsets(text), SMALL.encode_trusted(text)
+        patch.setattr(tokenizer, "_PART", 1)
+        assert SMALL.encode_with_offsets(text) == whole
+        assert SMALL.encode_trusted(text) == trusted
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", "\n ", "a", "'", "\u0301", "9", "你", "a ", "<|im_end|>"])
+def test_pathological_text_is_encoded_in_linear_time(unit):
+    """Quadratic time would take hours: a second for 10^4 characters is a day for the 3 · 10^6 of long tests."""
+    text = unit * (300_000 // len(unit))
+    start = time.perf_counter()
+    assert SMALL.decode(SMALL.encode(text)) == text
+    assert time.perf_counter() - start < 20
 
 
 @pytest.mark.parametrize("vocab_size", [0, 258])
@@ -169,6 +254,14 @@ def test_ids_outside_the_vocabulary_are_refused(token):
 def broken(name):
     spec = spec_of()
     model, added = spec["model"], spec["added_tokens"]
+    if name == "strips":
+        added[2]["rstrip"] = True
+    if name == "added twice":
+        added.append(added[2] | {"id": 380})
+    if name == "added empty":
+        added.append(added[2] | {"id": 380, "content": ""})
+    if name == "flag of another type":
+        added[2]["special"] = "no"
     if name == "gap":
         added[2]["id"] = 380
     if name == "id twice":
@@ -203,7 +296,7 @@ def broken(name):
 
 FAULTS = ["gap", "id twice", "added id taken", "no end of text", "byte missing", "dropout", "no byte level"]
 FAULTS += ["other decoder", "other model", "lossy normalizer", "alien token", "merge of an unknown token"]
-FAULTS += ["special from merges", "word prefix"]
+FAULTS += ["special from merges", "word prefix", "strips", "added twice", "added empty", "flag of another type"]
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -223,10 +316,25 @@ def test_a_file_that_is_no_tokenizer_is_a_model_error_that_names_it(data, tmp_pa
         Tokenizer.load(file)
 
 
+def test_a_huge_pattern_is_refused_before_it_is_compiled():
+    spec = spec_of()
+    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "(a|b)" * 2_000_000
+    start = time.perf_counter()
+    with pytest.raises(ModelError, match="take 10,0..,... characters; at most 10,000"):
+        load(spec)
+    assert time.perf_counter() - start < 5
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused():
+    SMALL.check_fits(380)
+    with pytest.raises(ModelError, match="has 380 tokens and the model a vocabulary of 379"):
+        SMALL.check_fits(379)
+
+
 def test_a_missing_tokenizer_is_a_file_error(tmp_path):
     with pytest.raises(FileError, match="cannot read tokenizer .*nowhere"):
         Tokenizer.load(tmp_path / "nowhere")
-    with pytest.raises(FileError, match="tokenizer.json: No such file"):
+    with pytest.raises(FileError, match="no tokenizer in"):
         Tokenizer.load(tmp_path)
 
 

@@ -1,0 +1,158 @@
+"""Models from one form to the other: `python -m qwen_jax.weights.convert SRC DST [--to hf|native] [--dtype TYPE]`.
+
+Published folders become checkpoints of this library, checkpoints become published folders, and either can be written
+again in another dtype. Weights pass through in pieces, so memory does not grow with the model. DST appears when all
+of it is on the disk and has been read back and compared: then it holds certificate.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qwen_jax.command import Parser, run_command
+from qwen_jax.errors import ConfigError, FileError, ModelError
+from qwen_jax.weights import publish
+from qwen_jax.weights.checkpoint import open_checkpoint
+from qwen_jax.weights.progress import Bytes
+from qwen_jax.weights.sinks import NativeSink, PublishedSink, Sink
+from qwen_jax.weights.source import Model, NativeCheckpoint, PublishedFolder, open_model
+from qwen_jax.weights.verify import add_model_options, certify, differences, to_json, total_bytes, transfer
+
+CERTIFICATE = "certificate.json"
+
+
+def convert(source: Model, target: Path, *, to: str, dtype: str | None, say: Callable[[str], None]) -> None:
+    """Writes a model to the folder `target`.
+
+    Args:
+      source: the model.
+      target: does not exist yet, or is empty.
+      to: "hf" for a published folder, "native" for a checkpoint of this library.
+      dtype: type to cast the weights to; None for the one they have.
+      say: takes a line for each stage.
+
+    Raises ConfigError or FileError if `target` cannot be written, ModelError if the model cannot be held in that form
+    or if what was written does not read back equal.
+    """
+    dtypes = _dtypes(source, to, dtype)
+    size = sum(dtypes[tensor.name].itemsize * math.prod(tensor.shape) for tensor in source.table)
+    partial = _make_partial(source.path, target, size)
+    try:
+        sink = _published(source, partial, dtypes) if to == "hf" else _native(source, partial, dtypes)
+        start = time.perf_counter()
+        with Bytes("converting", size) as progress:
+            written = transfer(
+                source, dtype=lambda tensor: dtypes[tensor.name], write=sink.write, advance=progress.advance
+            )
+            sink.close()
+        seconds = time.perf_counter() - start
+        say(f"{len(written)} tensors, {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e6 / seconds:.0f} MB/s)")
+        with Bytes("verifying", size) as progress:
+            found = differences(written, certify(_reopen(partial, to), advance=progress.advance))
+        if found:
+            raise ModelError(f"what was written to {partial} reads back with differences: {'; '.join(found[:3])}")
+        (partial / CERTIFICATE).write_text(to_json(written), encoding="utf-8")
+        os.rename(partial, target)
+    except OSError as error:
+        raise FileError(f"{target} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    say(f"every tensor reads back equal: {target / CERTIFICATE}")
+
+
+def _dtypes(source: Model, to: str, dtype: str | None) -> dict[str, np.dtype]:
+    """The type of each tensor that is written."""
+    stored = {tensor.name: source.dtype(tensor) for tensor in source.table}
+    if dtype:
+        return dict.fromkeys(stored, np.dtype(dtype))
+    kinds = sorted({str(kind) for kind in stored.values()})
+    if to == "native" and kinds not in (["float32"], ["bfloat16"]):
+        raise ModelError(
+            f"{source.path} has weights in {' and '.join(kinds)}, and a checkpoint has one type, float32 or bfloat16; "
+            "choose it with --dtype"
+        )
+    return stored
+
+
+def _make_partial(source: Path, target: Path, size: int) -> Path:
+    """The folder, beside `target`, that is written and then renamed; what a killed conversion left there is removed."""
+    target, source = target.resolve(), source.resolve()
+    if target == source or target in source.parents or source in target.parents:
+        raise ConfigError(f"{target} and the model in {source} overlap; choose another folder to write to")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileError(f"{target} exists and is not an empty folder; choose another one, or remove it")
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        free = shutil.disk_usage(partial).free
+    except OSError as error:
+        raise FileError(f"{target} cannot be written: {error.strerror}") from error
+    if free < size:
+        partial.rmdir()
+        raise FileError(f"{target} needs {size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left; make room")
+    return partial
+
+
+def _published(source: Model, folder: Path, dtypes: Mapping[str, np.dtype]) -> Sink:
+    unchanged = all(dtypes[tensor.name] == source.dtype(tensor) for tensor in source.table)
+    layout = source.layout if unchanged else None
+    return PublishedSink(folder, source.table, dtypes, layout=layout, side_files=publish.side_files(source, dtypes))
+
+
+def _native(source: Model, folder: Path, dtypes: Mapping[str, np.dtype]) -> Sink:
+    (dtype,) = {str(dtype) for dtype in dtypes.values()}
+    config = dataclasses.replace(source.config, param_dtype=dtype, dtype=dtype)
+    tokenizer = source.tokenizer()
+    tokenizer.check_fits(config.vocab_size)
+    files = source.side_files() | {"model.json": config.to_json().encode(), "tokenizer.json": tokenizer.to_bytes()}
+    meta = {"published": {"model_type": source.model_type, "layout": source.layout}}
+    return NativeSink(folder, source.table, config, meta=meta, files=files)
+
+
+def _reopen(folder: Path, to: str) -> Model:
+    return PublishedFolder(folder) if to == "hf" else NativeCheckpoint(open_checkpoint(folder))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of the command line `arguments` (default: this process's)."""
+    options = _parse(arguments)
+    source = open_model(options.src, allow_pickle_format=options.allow_pickle_format, warn=_say)
+    to = options.to or ("native" if isinstance(source, PublishedFolder) else "hf")
+    convert(source, options.dst.expanduser(), to=to, dtype=options.dtype, say=_say)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m qwen_jax.weights.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="exit codes: 0 done, 1 unexpected, 2 usage, 3 model, 4 file or permission, 130 interrupted",
+    )
+    add_model_options(parser, "src")
+    parser.add_argument("dst", metavar="DST", type=Path, help="folder to write; new, or empty")
+    parser.add_argument(
+        "--to", choices=["hf", "native"], help="form to write (default: hf from a checkpoint, else native)"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type to cast the weights to (default: none)")
+    return parser.parse_args(arguments)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("convert", main))

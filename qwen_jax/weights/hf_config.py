@@ -1,0 +1,411 @@
+"""The `config.json` of published checkpoints, read strictly and written back.
+
+What changes the function a model computes is required, or refused where it cannot be honoured; nothing is guessed.
+Fields that only matter to training or to other programs are not looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import reprlib
+from collections.abc import Mapping
+from typing import Any, cast
+
+from qwen_jax.config import DType, ModelConfig, Rope, Score
+from qwen_jax.errors import ConfigError, ModelError
+from qwen_jax.weights.hf import ModelType, check_model_type
+
+# Far above every published model, and low enough that nothing built from a config is large before it is checked.
+_MAX_LAYERS = 1000
+_MAX_SIZE = 10**7
+_MAX_POSITION = 10**9
+
+# Which fields of the file say what ours say. They go when ours change, and stay as they were written otherwise.
+_FIELDS = [
+    (ours.split(), theirs.split())
+    for ours, theirs in (
+        ("vocab_size", "vocab_size padded_vocab_size"),
+        (
+            "width num_heads num_kv_heads head_dim",
+            "hidden_size n_embd num_attention_heads n_head num_key_value_heads head_dim kv_channels",
+        ),
+        (
+            "num_layers windows",
+            "num_hidden_layers n_layer use_sliding_window sliding_window max_window_layers layer_types",
+        ),
+        ("mlp_width", "intermediate_size ffn_hidden_size"),
+        ("max_position", "max_position_embeddings n_positions seq_length dual_chunk_attention_config"),
+        ("norm_eps", "rms_norm_eps layer_norm_epsilon"),
+        ("rope", "rope_theta rotary_emb_base rope_scaling rope_parameters"),
+        ("tie_embeddings", "tie_word_embeddings"),
+        ("score", "architectures auto_map num_labels id2label label2id"),
+        ("param_dtype dtype", "torch_dtype dtype params_dtype bf16 fp16 fp32"),
+    )
+]
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# Fields with one value that this library computes; absent, they have it.
+_FIXED = {
+    "hidden_act": "silu",
+    "activation": "swiglu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "no_bias": True,
+    "pos_emb": "rotary",
+    "rotary_pct": 1.0,
+    "partial_rotary_factor": 1.0,
+    "scale_attn_weights": True,
+    "apply_residual_connection_post_layernorm": False,
+    "use_mrope": False,
+}
+_REFUSED = {
+    "quantization_config": "quantised weights are not read: take the unquantised model",
+    "num_experts": "mixtures of experts are not read",
+    "visual": "only models of text are read",
+    "vision_config": "only models of text are read",
+}
+# An unknown field of such a name may well change the function; null and false say that it does not.
+_SUSPECT = re.compile(
+    r"(rope|rotary|attention|attn|logits?)_.*|dual_chunk.*|.*_(scaling|softcap|softcapping|multiplier)"
+)
+_HARMLESS = {"attention_dropout", "attn_dropout_prob", "attn_pdrop", "attn_implementation"}
+_KNOWN = _HARMLESS | _FIXED.keys() | {name for _, names in _FIELDS for name in names}
+
+
+def from_hf(values: Mapping[str, Any], *, where: str) -> ModelConfig:
+    """The model that a `config.json` describes.
+
+    Dual chunk attention (Qwen2.5-1M) equals plain attention up to a chunk, and Qwen1's dynamic NTK and log-n attention
+    are without effect up to `seq_length`: such models are read with that many positions. float16 becomes float32,
+    which holds its every value; so does a dtype that is not given.
+
+    Args:
+      values: the file's content.
+      where: the file's name, with which every error begins.
+
+    Raises ModelError for a field that is missing, not of its type or range, or cannot be honoured.
+    """
+    fields = _Fields(values, where)
+    model_type = _model_type(fields)
+    for name, reason in _REFUSED.items():
+        if values.get(name):
+            raise ModelError(f"{where}: it has a {name}, and {reason}")
+    for name, wanted in _FIXED.items():
+        if values.get(name) not in (None, wanted):
+            raise fields.refusal(name, f"only {wanted!r} is read")
+    for name, value in values.items():
+        if _SUSPECT.fullmatch(name) and name not in _KNOWN and value not in (None, False):
+            raise fields.refusal(name, "what it does to the model is not known here")
+    try:
+        return _qwen1(fields) if model_type == "qwen" else _qwen2_or_3(fields, model_type)
+    except ConfigError as error:
+        raise ModelError(f"{where}: {error}") from error
+
+
+def to_hf(config: ModelConfig, model_type: ModelType, *, keep: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The `config.json` of a model, as transformers reads it.
+
+    Its dtype is that of the parameters, the weights' in the file. Ids of tokens are not part of a model: they come from
+    `keep`, or the caller sets them.
+
+    Args:
+      config: the model.
+      model_type: the architecture's name.
+      keep: the `config.json` that the model came from. Of its fields those that still hold, or say nothing about the
+        function, stay as they are; of one with another `model_type`, only the ids of tokens.
+
+    Raises ModelError where the architecture cannot compute what `config` says.
+    """
+    check_model_type(config, model_type)
+    fields = _qwen1_fields(config) if model_type == "qwen" else _qwen2_or_3_fields(config, model_type)
+    if keep is None:
+        return fields
+    if keep.get("model_type") != model_type:
+        return fields | {name: keep[name] for name in _TOKEN_IDS if name in keep}
+    old = from_hf(keep, where="the config.json to keep")
+    changed = lambda ours: any(getattr(old, name) != getattr(config, name) for name in ours)
+    stale = {name for ours, theirs in _FIELDS if changed(ours) for name in theirs}
+    kept = {name: value for name, value in keep.items() if name not in stale or name in fields}
+    return kept | {name: value for name, value in fields.items() if name in stale}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+    """The fields of a file, each read with its type and range. A null is as good as absent."""
+
+    values: Mapping[str, Any]
+    where: str
+
+    def refusal(self, name: str, wanted: str) -> ModelError:
+        return ModelError(f"{self.where}: {name} is {reprlib.repr(self.values[name])}; {wanted}")
+
+    def has(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def name_of(self, *names: str) -> str:
+        """The name under which one field is there; under several, they must agree."""
+        found = [name for name in names if self.has(name)]
+        if not found:
+            raise ModelError(f"{self.where}: {' or '.join(names)} is missing")
+        for name in found[1:]:
+            if self.values[name] != self.values[found[0]]:
+                raise self.refusal(name, f"it must equal {found[0]}, {reprlib.repr(self.values[found[0]])}")
+        return found[0]
+
+    def integer(self, *names: str, low: int = 1, high: int = _MAX_SIZE) -> int:
+        name = self.name_of(*names)
+        value = self.values[name]
+        if type(value) is not int or not low <= value <= high:
+            raise self.refusal(name, f"a whole number from {low} to {high} is wanted")
+        return value
+
+    def number(self, *names: str) -> float:
+        name = self.name_of(*names)
+        value = self.values[name]
+        if type(value) not in (int, float) or not 0 < value < 1e15:
+            raise self.refusal(name, "a positive number is wanted")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        value = self.values[self.name_of(name)]
+        if type(value) is not bool:
+            raise self.refusal(name, "true or false is wanted")
+        return value
+
+    def mapping(self, name: str) -> _Fields:
+        """The fields of an object within this one."""
+        value = self.values[self.name_of(name)]
+        if not isinstance(value, dict):
+            raise self.refusal(name, "an object is wanted")
+        return _Fields(value, f"{self.where}: {name}")
+
+
+def _model_type(fields: _Fields) -> ModelType:
+    if not isinstance(fields.values, Mapping):
+        raise ModelError(f"{fields.where}: it holds {reprlib.repr(fields.values)}; an object of fields is wanted")
+    value = fields.values[fields.name_of("model_type")]
+    if value in ("qwen2_moe", "qwen3_moe"):
+        raise fields.refusal("model_type", "mixtures of experts are not read")
+    if value not in ("qwen", "qwen2", "qwen3"):
+        raise fields.refusal("model_type", "'qwen', 'qwen2' or 'qwen3' is wanted")
+    return cast(ModelType, value)
+
+
+def _qwen1(fields: _Fields) -> ModelConfig:
+    width = fields.integer("hidden_size", "n_embd")
+    heads = fields.integer("num_attention_heads", "n_head")
+    mlp = fields.name_of("intermediate_size", "ffn_hidden_size")
+    if fields.integer(mlp) % 2:
+        raise fields.refusal(mlp, "an even number is wanted, twice the width of the MLP")
+    config = ModelConfig(
+        vocab_size=fields.integer("vocab_size", "padded_vocab_size"),
+        width=width,
+        num_layers=fields.integer("num_hidden_layers", "n_layer", high=_MAX_LAYERS),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=fields.integer("kv_channels"),
+        mlp_width=fields.integer(mlp) // 2,
+        # max_position_embeddings only sizes what the tokenizer is told.
+        max_position=fields.integer("seq_length", high=_MAX_POSITION),
+        norm_eps=fields.number("layer_norm_epsilon"),
+        qkv_bias=True,
+        qk_norm=False,
+        tie_embeddings=fields.flag("tie_word_embeddings"),
+        rope=Rope(theta=fields.number("rotary_emb_base", "rope_theta")),
+        **_head_and_dtype(fields, "qwen"),
+    )
+    if width != heads * config.head_dim:
+        raise fields.refusal("kv_channels", f"times {heads} heads it must be the width {width}")
+    return config
+
+
+def _qwen2_or_3(fields: _Fields, model_type: ModelType) -> ModelConfig:
+    width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    fields.name_of("hidden_act")
+    if model_type == "qwen3" or fields.has("head_dim"):
+        head_dim = fields.integer("head_dim")
+    elif width % heads:
+        raise fields.refusal("num_attention_heads", f"hidden_size {width} is not a multiple of it")
+    else:
+        head_dim = width // heads
+    num_layers = fields.integer("num_hidden_layers", high=_MAX_LAYERS)
+    return ModelConfig(
+        vocab_size=fields.integer("vocab_size"),
+        width=width,
+        num_layers=num_layers,
+        num_heads=heads,
+        num_kv_heads=fields.integer("num_key_value_heads"),
+        head_dim=head_dim,
+        mlp_width=fields.integer("intermediate_size"),
+        max_position=_max_position(fields),
+        norm_eps=fields.number("rms_norm_eps"),
+        qkv_bias=model_type == "qwen2",
+        qk_norm=model_type == "qwen3",
+        tie_embeddings=fields.flag("tie_word_embeddings"),
+        rope=Rope(theta=_theta(fields)),
+        windows=_windows(fields, num_layers),
+        **_head_and_dtype(fields, model_type),
+    )
+
+
+def _max_position(fields: _Fields) -> int:
+    length = fields.integer("max_position_embeddings", high=_MAX_POSITION)
+    if fields.has("dual_chunk_attention_config"):
+        # Beyond a chunk keys get other positions, and beyond the original length scores another scale.
+        chunks = fields.mapping("dual_chunk_attention_config")
+        for name in ("chunk_size", "original_max_position_embeddings"):
+            length = min(length, chunks.integer(name, high=_MAX_POSITION))
+    return length
+
+
+def _theta(fields: _Fields) -> float:
+    """The base of a plain rotary embedding, at top level or where transformers 5 writes it."""
+    found = [fields] if fields.has("rope_theta") else []
+    for name in ("rope_scaling", "rope_parameters"):
+        if fields.has(name):
+            rope = fields.mapping(name)
+            for key, value in rope.values.items():
+                if key in ("type", "rope_type") and value != "default":
+                    raise rope.refusal(key, "only 'default' is read")
+                if key not in ("type", "rope_type", "rope_theta"):
+                    raise rope.refusal(key, "what it does to the model is not known here")
+            found += [rope] if rope.has("rope_theta") else []
+    if not found:
+        raise ModelError(f"{fields.where}: rope_theta is missing")
+    thetas = [rope.number("rope_theta") for rope in found]
+    if len(set(thetas)) > 1:
+        raise ModelError(f"{fields.where}: rope_theta is given as {thetas}; they must agree")
+    return thetas[0]
+
+
+def _windows(fields: _Fields, num_layers: int) -> tuple[int, ...]:
+    layer_types = fields.values.get("layer_types")
+    kinds = ["full_attention", "sliding_attention"]
+    if layer_types is not None and (
+        not isinstance(layer_types, list) or len(layer_types) != num_layers or any(t not in kinds for t in layer_types)
+    ):
+        raise fields.refusal("layer_types", f"a list of {' or '.join(kinds)} for each of {num_layers} layers is wanted")
+    if not (fields.has("use_sliding_window") and fields.flag("use_sliding_window")):
+        if layer_types and kinds[1] in layer_types:
+            raise fields.refusal("layer_types", "use_sliding_window says that no layer slides")
+        return ()
+    window = fields.integer("sliding_window", high=_MAX_POSITION)
+    if layer_types is None or fields.has("max_window_layers"):
+        # The name misleads: it is the layers above that number that have a window.
+        first = fields.integer("max_window_layers", low=0)
+        above = [kinds[i >= first] for i in range(num_layers)]
+        if layer_types not in (None, above):
+            raise fields.refusal("layer_types", f"max_window_layers {first} says otherwise")
+        layer_types = above
+    windows = tuple(window if kind == kinds[1] else 0 for kind in layer_types)
+    return windows if any(windows) else ()
+
+
+def _head_and_dtype(fields: _Fields, model_type: ModelType) -> dict[str, Any]:
+    dtype = "float32"
+    if fields.has("torch_dtype") or fields.has("dtype"):
+        name = fields.name_of("torch_dtype", "dtype")
+        dtype = fields.values[name]
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise fields.refusal(name, "'float32', 'bfloat16' or 'float16' is wanted")
+    dtype = cast(DType, "float32" if dtype == "float16" else dtype)
+    return {"score": _score(fields, model_type), "param_dtype": dtype, "dtype": dtype}
+
+
+_CAUSAL = {"qwen": "QWenLMHeadModel", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_PLAIN_SCORE = "ForSequenceClassification"
+_HIDDEN_SCORES = {"ForRewardModel": 1, "ForProcessRewardModel": 2}  # and how many labels they have
+
+
+def _score(fields: _Fields, model_type: ModelType) -> Score | None:
+    if not fields.has("architectures"):
+        return None
+    names, prefix, known = fields.values["architectures"], model_type.capitalize(), [_CAUSAL[model_type]]
+    if model_type != "qwen":
+        known += [prefix + kind for kind in (_PLAIN_SCORE, *_HIDDEN_SCORES)]
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in known:
+        raise fields.refusal("architectures", f"a list of one name is wanted: {', '.join(known)}")
+    kind = names[0].removeprefix(prefix)
+    if kind == _PLAIN_SCORE:
+        return Score(labels=_labels(fields), hidden=False)
+    return Score(labels=_HIDDEN_SCORES[kind], hidden=True) if kind in _HIDDEN_SCORES else None
+
+
+def _labels(fields: _Fields) -> int:
+    counts = [fields.integer("num_labels")] if fields.has("num_labels") else []
+    if fields.has("id2label"):
+        counts.append(len(fields.mapping("id2label").values))
+    if len(set(counts)) > 1:
+        raise fields.refusal("num_labels", f"id2label has {counts[1]} labels")
+    # transformers leaves two labels unsaid.
+    return counts[0] if counts else 2
+
+
+def _qwen1_fields(config: ModelConfig) -> dict[str, Any]:
+    return {
+        **_common_fields(config, "qwen"),
+        "intermediate_size": 2 * config.mlp_width,
+        "kv_channels": config.head_dim,
+        "layer_norm_epsilon": config.norm_eps,
+        "no_bias": True,
+        "rotary_emb_base": config.rope.theta,
+        "rotary_pct": 1.0,
+        "scale_attn_weights": True,
+        "seq_length": config.max_position,
+    }
+
+
+def _qwen2_or_3_fields(config: ModelConfig, model_type: ModelType) -> dict[str, Any]:
+    return {
+        **_common_fields(config, model_type),
+        **({"attention_bias": False} if model_type == "qwen3" else {}),
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "intermediate_size": config.mlp_width,
+        "num_key_value_heads": config.num_kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope.theta,
+        **_window_fields(config.windows),
+    }
+
+
+def _common_fields(config: ModelConfig, model_type: ModelType) -> dict[str, Any]:
+    return {
+        **_head_fields(config.score, model_type),
+        "hidden_size": config.width,
+        "max_position_embeddings": config.max_position,
+        "model_type": model_type,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": config.param_dtype,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _head_fields(score: Score | None, model_type: ModelType) -> dict[str, Any]:
+    if score is None:
+        return {"architectures": [_CAUSAL[model_type]]}
+    prefix = model_type.capitalize()
+    if not score.hidden:
+        labels = {f"LABEL_{i}": i for i in range(score.labels)}
+        names = {str(i): label for label, i in labels.items()}
+        return {"architectures": [prefix + _PLAIN_SCORE], "id2label": names, "label2id": labels}
+    for kind, labels in _HIDDEN_SCORES.items():
+        if score.labels == labels:
+            return {"architectures": [prefix + kind]}
+    raise ModelError(f"no published architecture has a hidden score of {score.labels} labels; they have 1 or 2")
+
+
+def _window_fields(windows: tuple[int, ...]) -> dict[str, Any]:
+    sizes = sorted(set(windows) - {0})
+    if not sizes:
+        return {"use_sliding_window": False}
+    if len(sizes) > 1:
+        raise ModelError(f"config.json has one size for all windows, and this model has {sizes}")
+    fields: dict[str, Any] = {"use_sliding_window": True, "sliding_window": sizes[0]}
+    first = windows.index(sizes[0])
+    if all(windows[first:]):
+        return fields | {"max_window_layers": first}
+    return fields | {"layer_types": ["sliding_attention" if window else "full_attention" for window in windows]}

@@ -1,0 +1,144 @@
+"""Whether two models hold the same weights, whatever they are stored in: `python -m qwen_jax.weights.verify A B`.
+
+The certificate of a model is the digest, shape and dtype of each of its tensors, under its published name. Two
+models with equal certificates compute the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from qwen_jax.command import Parser, run_command
+from qwen_jax.errors import FileError, ModelError
+from qwen_jax.weights import hf
+from qwen_jax.weights.progress import Bytes
+from qwen_jax.weights.source import Model, Piece, open_model, pieces
+
+THREADS = 2  # one reads and writes while the other hashes; each holds a piece
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What a certificate says of one tensor. BLAKE2b of 256 bits (RFC 7693) over its values, row by row."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    blake2b: str
+
+
+Certificate = Mapping[str, Entry]
+
+
+def transfer(
+    model: Model,
+    *,
+    dtype: Callable[[hf.Tensor], np.dtype],
+    write: Callable[[Piece, np.ndarray], None] = lambda piece, values: None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Certificate:
+    """Reads every tensor of a model, piece by piece, and returns the certificate of what it gave to `write`.
+
+    Args:
+      model: read from several threads.
+      dtype: type that the values of a tensor are cast to.
+      write: takes each piece with its values.
+      advance: takes the number of bytes done, often.
+    """
+
+    def one(tensor: hf.Tensor) -> Entry:
+        wanted, digest = dtype(tensor), hashlib.blake2b(digest_size=32)
+        for piece in pieces(tensor, wanted.itemsize):
+            values = np.ascontiguousarray(model.read(piece).astype(wanted, copy=False))
+            write(piece, values)
+            digest.update(values.view(np.uint8))
+            advance(values.nbytes)
+        return Entry(tensor.shape, str(wanted), digest.hexdigest())
+
+    # The largest first: two threads then end at the same time.
+    order = sorted(model.table, key=lambda tensor: -np.prod(tensor.shape, dtype=np.int64))
+    with ThreadPoolExecutor(THREADS) as pool:
+        entries = dict(zip((tensor.name for tensor in order), pool.map(one, order), strict=True))
+    return {tensor.name: entries[tensor.name] for tensor in model.table}
+
+
+def certify(model: Model, *, advance: Callable[[int], None] = lambda count: None) -> Certificate:
+    """The certificate of a model as it is stored."""
+    return transfer(model, dtype=model.dtype, advance=advance)
+
+
+def differences(a: Certificate, b: Certificate) -> list[str]:
+    """What differs, a phrase for each tensor; none if the certificates are equal."""
+    found = [f"{name} is only in the first" for name in a if name not in b]
+    found += [f"{name} is only in the second" for name in b if name not in a]
+    for name in a.keys() & b.keys():
+        one, other = a[name], b[name]
+        if one.shape != other.shape:
+            found.append(f"{name} has shape {list(one.shape)} and {list(other.shape)}")
+        elif one.dtype != other.dtype:
+            found.append(f"{name} is {one.dtype} and {other.dtype}")
+        elif one != other:
+            found.append(f"{name} has other values")
+    return sorted(found)
+
+
+def total_bytes(model: Model) -> int:
+    """Of all tensors as stored."""
+    return sum(model.dtype(tensor).itemsize * int(np.prod(tensor.shape, dtype=np.int64)) for tensor in model.table)
+
+
+def to_json(certificate: Certificate) -> str:
+    """The certificate as text, a line for each tensor."""
+    lines = (f"{json.dumps(name)}: {json.dumps(dataclasses.asdict(entry))}" for name, entry in certificate.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 if the models are equal, 3 if not."""
+    options = _parse(arguments)
+    models = [open_model(path, allow_pickle_format=options.allow_pickle_format) for path in (options.a, options.b)]
+    certificates = []
+    for model in models:
+        with Bytes(f"reading {model.path.name}", total_bytes(model)) as progress:
+            certificates.append(certify(model, advance=progress.advance))
+    if options.output:
+        try:
+            options.output.write_text(to_json(certificates[0]), encoding="utf-8")
+        except OSError as error:
+            raise FileError(f"{options.output} cannot be written: {error.strerror}") from error
+    found = differences(*certificates)
+    if found:
+        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+        raise ModelError(f"{options.a} and {options.b} are not equal: {'; '.join(found[:5])}{more}")
+    print(f"equal: {len(certificates[0])} tensors, {total_bytes(models[0]) / 1e9:.2f} GB")
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m qwen_jax.weights.verify", description=(__doc__ or "").splitlines()[0])
+    add_model_options(parser, "a", "b")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write the certificate of A to this file")
+    return parser.parse_args(arguments)
+
+
+def add_model_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Positional model references, and how they are read."""
+    for name in names:
+        parser.add_argument(
+            name, metavar=name.upper(), help="a published folder, a checkpoint, a run, or a name such as Qwen/Qwen2.5-0.5B"
+        )
+    parser.add_argument(
+        "--allow-pickle-format", action="store_true", help="read PyTorch's own format (.bin) where there is no other"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("verify", main))

@@ -1,0 +1,418 @@
+"""config.json both ways: strict in, complete out, and nothing else of a file changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_jax import zoo
+from qwen_jax.config import ModelConfig, Rope, Score
+from qwen_jax.errors import ModelError
+from qwen_jax.weights import hf, hf_config
+from tests.conftest import tiny_config
+
+CONFIGS = Path(__file__).parents[3] / "shared" / "data" / "hf-configs"
+needs_published = pytest.mark.skipif(not CONFIGS.is_dir(), reason="needs ../shared/data with published configs")
+
+# As published, every key of the kind: at values that no default would give.
+QWEN1 = {
+    "architectures": ["QWenLMHeadModel"],
+    "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"},
+    "attn_dropout_prob": 0.0,
+    "bf16": False,
+    "fp16": True,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "kv_channels": 8,
+    "layer_norm_epsilon": 3e-05,
+    "max_position_embeddings": 640,
+    "model_type": "qwen",
+    "no_bias": True,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "padded_vocab_size": 96,
+    "rotary_emb_base": 12345,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "seq_length": 64,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "vocab_size": 96,
+}
+_OLD_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "ffn_hidden_size",
+    "max_position_embeddings": "n_positions",
+}
+QWEN1_OLD = {_OLD_NAMES.get(name, name): value for name, value in QWEN1.items()}
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 90,
+    "eos_token_id": [91, 90],
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "max_window_layers": 3,
+    "model_type": "qwen2",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 3e-05,
+    "rope_scaling": None,
+    "rope_theta": 12345.0,
+    "sliding_window": 17,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 96,
+}
+QWEN3 = QWEN2 | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 10,
+    "model_type": "qwen3",
+}
+FILES = {"qwen": QWEN1, "qwen old": QWEN1_OLD, "qwen2": QWEN2, "qwen3": QWEN3}
+
+BFLOAT16 = dict(param_dtype="bfloat16", dtype="bfloat16")
+MODELS = {
+    "qwen": tiny_config(num_kv_heads=4, head_dim=8, tie_embeddings=False, **BFLOAT16),
+    "qwen2": tiny_config(head_dim=8, **BFLOAT16),
+    "qwen3": tiny_config(qkv_bias=False, qk_norm=True, **BFLOAT16),
+}
+MODELS["qwen old"] = MODELS["qwen"]
+
+
+def read(values) -> ModelConfig:
+    return hf_config.from_hf(values, where="m/config.json")
+
+
+def without(values, *names):
+    return {name: value for name, value in values.items() if name not in names}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_each_key_set_is_read(kind):
+    assert read(FILES[kind]) == MODELS[kind]
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_every_published_model_makes_the_way_there_and_back(name):
+    config = zoo.published(name)
+    kinds = [hf.model_type_of(config), *(["qwen"] if name.startswith("Qwen-") else [])]
+    for kind in kinds:
+        assert read(json.loads(json.dumps(hf_config.to_hf(config, kind)))) == config
+
+
+@needs_published
+def test_published_shapes_are_those_of_the_zoo():
+    shapes = json.loads((CONFIGS / "qwen_shapes.json").read_text())
+    count = 0
+    for name, values in shapes.items():
+        if name in zoo.names():
+            values = {name: value for name, value in values.items() if name != "attention_bias"}
+            config = read(values)
+            assert config == zoo.published(name), name
+            assert config.num_parameters == values["params_total"]
+            assert sum(math.prod(t.shape) for t in hf.table(config, values["model_type"])) == values["params_total"]
+            count += 1
+    assert count >= 22
+
+
+@needs_published
+@pytest.mark.parametrize(
+    ("folder", "name", "changes"),
+    [
+        ("Qwen-72B", "Qwen-72B", {}),
+        # The original of August 2023; later ones have 8192.
+        ("Qwen-7B-Chat", "Qwen-7B-Chat", dict(max_position=2048)),
+        ("Qwen2-1.5B-Instruct-finetune", "Qwen2-1.5B-Instruct", BFLOAT16),
+    ],
+)
+def test_published_files_are_read_and_given_back_unchanged(folder, name, changes):
+    values = json.loads((CONFIGS / folder / "config.json").read_text())
+    config = read(values)
+    assert config == dataclasses.replace(zoo.published(name), **changes)
+    assert hf_config.to_hf(config, values["model_type"], keep=values) == values
+
+
+@needs_published
+def test_a_published_quantised_model_of_images_is_refused():
+    with pytest.raises(ModelError, match="quantization_config"):
+        read(json.loads((CONFIGS / "Qwen-VL-Chat-Int4" / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("rope", "theta"),
+    [
+        ({"rope_theta": 777}, 777.0),
+        ({"rope_theta": 777, "rope_scaling": {"type": "default"}}, 777.0),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}, 777.0),
+        ({"rope_theta": 777, "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}, 777.0),
+    ],
+)
+def test_plain_rotary_embeddings_in_every_spelling(kind, rope, theta):
+    values = without(FILES[kind], "rope_theta", "rope_scaling") | rope
+    assert read(values).rope == Rope(theta=theta)
+
+
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({"use_sliding_window": True, "max_window_layers": 1}, (0, 17, 17)),
+        ({"use_sliding_window": True, "max_window_layers": 0}, (17, 17, 17)),
+        ({"use_sliding_window": True, "max_window_layers": 70}, ()),
+        ({"use_sliding_window": None, "max_window_layers": 1}, ()),
+        ({"use_sliding_window": True, "max_window_layers": None, "layer_types": "sfs"}, (17, 0, 17)),
+        ({"use_sliding_window": True, "max_window_layers": 2, "layer_types": "ffs"}, (0, 0, 17)),
+        ({"use_sliding_window": False, "sliding_window": None, "layer_types": "fff"}, ()),
+    ],
+)
+def test_windows(fields, windows):
+    if "layer_types" in fields:
+        kinds = {"s": "sliding_attention", "f": "full_attention"}
+        fields = fields | {"layer_types": [kinds[letter] for letter in fields["layer_types"]]}
+    config = read(QWEN2 | fields)
+    assert config.windows == windows
+    assert read(hf_config.to_hf(config, "qwen2")).windows == windows
+
+
+def test_dual_chunk_attention_is_read_as_far_as_it_is_plain_attention():
+    chunks = {"chunk_size": 40, "local_size": 8, "original_max_position_embeddings": 50}
+    values = QWEN2 | {"dual_chunk_attention_config": chunks}
+    assert read(values).max_position == 40
+    assert read(values | {"dual_chunk_attention_config": chunks | {"chunk_size": 60}}).max_position == 50
+    assert read(values | {"max_position_embeddings": 30}).max_position == 30
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [
+        ({"torch_dtype": "float32"}, "float32"),
+        ({"torch_dtype": "float16"}, "float32"),
+        ({"torch_dtype": None}, "float32"),
+        ({"torch_dtype": None, "dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+    ],
+)
+def test_dtypes(fields, dtype):
+    config = read(QWEN2 | fields)
+    assert (config.param_dtype, config.dtype) == (dtype, dtype)
+
+
+@pytest.mark.parametrize(
+    ("fields", "score"),
+    [
+        ({"architectures": None}, None),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, Score(labels=2, hidden=False)),
+        ({"architectures": ["Qwen2ForSequenceClassification"], "num_labels": 7}, Score(labels=7, hidden=False)),
+        (
+            {"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "LABEL_0"}},
+            Score(labels=1, hidden=False),
+        ),
+        ({"architectures": ["Qwen2ForRewardModel"]}, Score(labels=1, hidden=True)),
+        ({"architectures": ["Qwen2ForProcessRewardModel"]}, Score(labels=2, hidden=True)),
+    ],
+)
+def test_scores(fields, score):
+    config = read(QWEN2 | fields)
+    assert config.score == score
+    assert read(hf_config.to_hf(config, "qwen2")) == config
+
+
+# Each a change of one file, and what the message must say besides the file's name.
+BAD = [
+    # Missing, or of another type or range.
+    *[("qwen2", {name: None}, f"{name} is missing") for name in (
+        "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
+        "hidden_act",
+    )],
+    ("qwen3", {"head_dim": None}, "head_dim is missing"),
+    *[("qwen", {name: None}, f"{name} is missing") for name in ("kv_channels", "seq_length", "layer_norm_epsilon")],
+    ("qwen", {"hidden_size": None}, "hidden_size or n_embd is missing"),
+    ("qwen", {"rotary_emb_base": None}, "rotary_emb_base or rope_theta is missing"),
+    *[("qwen2", {"num_hidden_layers": value}, f"num_hidden_layers is {shown}; a whole number from 1 to 1000")
+      for value, shown in [("3", "'3'"), (-3, "-3"), (0, "0"), (10**9, "1000000000"), (3.0, "3.0"), (True, "True"),
+                           ([3], r"\[3\]"), ({}, "{}")]],
+    ("qwen2", {"vocab_size": 10**9}, "vocab_size is 1000000000; a whole number from 1 to 10000000"),
+    ("qwen2", {"rope_theta": "1e6"}, "rope_theta is '1e6'; a positive number"),
+    ("qwen2", {"rope_theta": True}, "rope_theta is True; a positive number"),
+    ("qwen2", {"rope_theta": math.nan}, "rope_theta is nan; a positive number"),
+    ("qwen2", {"rope_theta": 10**400}, "rope_theta is 1000.*; a positive number"),
+    ("qwen2", {"rope_theta": 0.5}, "theta=0.5 must be above 1"),
+    ("qwen2", {"rms_norm_eps": 5}, "norm_eps=5.0 must be between 0 and 1"),
+    ("qwen2", {"tie_word_embeddings": "true"}, "tie_word_embeddings is 'true'; true or false"),
+    ("qwen2", {"num_key_value_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
+    ("qwen2", {"num_attention_heads": 5}, "hidden_size 32 is not a multiple"),
+    ("qwen3", {"head_dim": 9}, "head_dim=9 must be even"),
+    ("qwen", {"intermediate_size": 81}, "intermediate_size is 81; an even number"),
+    ("qwen", {"kv_channels": 10}, "kv_channels is 10; times 4 heads it must be the width 32"),
+    ("qwen", {"padded_vocab_size": 128}, "padded_vocab_size is 128; it must equal vocab_size, 96"),
+    ("qwen", {"rope_theta": 10000}, "rope_theta is 10000; it must equal rotary_emb_base, 12345"),
+    # Another architecture.
+    ("qwen2", {"model_type": "llama"}, "model_type is 'llama'; 'qwen', 'qwen2' or 'qwen3'"),
+    ("qwen2", {"model_type": ["qwen2"]}, r"model_type is \['qwen2'\]"),
+    ("qwen2", {"model_type": "qwen2_moe"}, "mixtures of experts are not read"),
+    ("qwen3", {"num_experts": 128}, "it has a num_experts, and mixtures of experts are not read"),
+    ("qwen", {"visual": {"width": 1}}, "only models of text are read"),
+    ("qwen2", {"quantization_config": {"bits": 4}}, "it has a quantization_config, and quantised weights"),
+    ("qwen2", {"architectures": ["Qwen2ForTokenClassification"]}, "architectures is .*Qwen2ForCausalLM, Qwen2ForSeq"),
+    ("qwen2", {"architectures": "Qwen2ForCausalLM"}, "architectures is 'Qwen2ForCausalLM'; a list of one name"),
+    ("qwen2", {"architectures": ["Qwen3ForCausalLM"]}, "architectures is "),
+    ("qwen", {"architectures": ["QwenForSequenceClassification"]}, "one name is wanted: QWenLMHeadModel$"),
+    # What the code cannot honour.
+    ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is read"),
+    ("qwen3", {"attention_bias": True}, "attention_bias is True; only False is read"),
+    ("qwen", {"no_bias": False}, "no_bias is False; only True is read"),
+    ("qwen", {"rotary_pct": 0.25}, "rotary_pct is 0.25; only 1.0 is read"),
+    ("qwen", {"scale_attn_weights": False}, "scale_attn_weights is False"),
+    ("qwen2", {"use_mrope": True}, "use_mrope is True"),
+    ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling: type is 'yarn'; only 'default'"),
+    ("qwen2", {"rope_scaling": {"rope_type": "default", "factor": 4.0}}, "rope_scaling: factor is 4.0; what it does"),
+    ("qwen2", {"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; an object is wanted"),
+    ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, r"given as \[12345.0, 1000000.0\]"),
+    ("qwen2", {"rope_parameters": {"rope_theta": "x"}}, "rope_parameters: rope_theta is 'x'"),
+    ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ("qwen2", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; what it does"),
+    ("qwen2", {"logits_scaling": 8}, "logits_scaling is 8; what it does"),
+    ("qwen2", {"rope_local_base_freq": 1e4}, "rope_local_base_freq is 10000.0; what it does"),
+    ("qwen2", {"dual_chunk_attention_config": {"local_size": 8}}, "dual_chunk_attention_config: chunk_size is missing"),
+    ("qwen2", {"dual_chunk_attention_config": True}, "dual_chunk_attention_config is True; an object"),
+    ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window is 'yes'"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": None}, "sliding_window is missing"),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": None}, "max_window_layers is missing"),
+    ("qwen2", {"layer_types": ["full_attention"] * 2}, "layer_types is .* for each of 3 layers"),
+    ("qwen2", {"layer_types": ["full_attention", "linear_attention", 3]}, "layer_types is "),
+    ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "use_sliding_window says that no layer slides"),
+    ("qwen2", {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 3}, "max_window_layers 3 says other"),
+    # Two answers to one question, or none that is known.
+    ("qwen2", {"torch_dtype": "float64"}, "torch_dtype is 'float64'; 'float32', 'bfloat16' or 'float16'"),
+    ("qwen2", {"torch_dtype": "int8"}, "torch_dtype is 'int8'"),
+    ("qwen2", {"dtype": "float16"}, "dtype is 'float16'; it must equal torch_dtype, 'bfloat16'"),
+    ("qwen2", {"architectures": ["Qwen2ForSequenceClassification"], "num_labels": 3, "id2label": {"0": "a"}},
+     "num_labels is 3; id2label has 1"),
+    ("qwen2", {"architectures": ["Qwen2ForSequenceClassification"], "id2label": {}}, "labels=0 must be at least 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "change", "message"), BAD, ids=[f"{kind} {change}"[:60] for kind, change, _ in BAD])
+def test_what_cannot_be_honoured_is_refused_in_one_line(kind, change, message):
+    with pytest.raises(ModelError, match=rf"^m/config\.json: .*{message}") as error:
+        read(FILES[kind] | change)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("values", [None, [], "qwen2", 3])
+def test_a_file_that_holds_no_object_is_refused(values):
+    with pytest.raises(ModelError, match=r"^m/config\.json: .* an object of fields is wanted"):
+        read(values)
+
+
+def test_code_is_not_run_and_other_programs_fields_are_not_looked_at():
+    values = QWEN2 | {"auto_map": {"AutoConfig": "../../x.py"}, "transformers_version": 3, "attention_sink": False}
+    assert read(values) == MODELS["qwen2"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from(sorted(FILES)), st.data())
+def test_any_value_of_any_field_is_read_or_refused(kind, data):
+    name = data.draw(st.sampled_from(sorted(FILES[kind].keys() | QWEN2.keys() | {"dual_chunk_attention_config"})))
+    values = FILES[kind] | {name: data.draw(JSON)}
+    try:
+        config = read(values)
+    except ModelError as error:
+        assert str(error).startswith("m/config.json: ") and "\n" not in str(error)
+    else:
+        assert hf_config.to_hf(config, values["model_type"], keep=values) == values
+
+
+CHANGES = [
+    dict(vocab_size=97),
+    dict(width=64, head_dim=16),
+    dict(num_heads=8, num_kv_heads=8, head_dim=4),
+    dict(num_layers=5),
+    dict(mlp_width=44),
+    dict(max_position=128),
+    dict(norm_eps=1e-3),
+    dict(rope=Rope(theta=54321.5)),
+    dict(param_dtype="float32", dtype="float32"),
+    dict(tie_embeddings=True),
+    dict(tie_embeddings=False),
+]
+NOT_QWEN1 = [
+    dict(windows=(0, 5, 5)),
+    dict(windows=(5, 0, 5)),
+    dict(num_kv_heads=1),
+    dict(head_dim=12),
+    dict(score=Score(labels=1, hidden=False)),
+    dict(score=Score(labels=1, hidden=True)),
+    dict(score=Score(labels=2, hidden=True)),
+]
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_change_is_written_and_the_rest_of_the_file_is_kept(kind):
+    original = FILES[kind] | {"eos_token_id": [7, 8], "something_else": {"a": [1]}}
+    model_type = original["model_type"]
+    for changes in CHANGES + ([] if model_type == "qwen" else NOT_QWEN1):
+        config = dataclasses.replace(MODELS[kind], **changes)
+        written = hf_config.to_hf(config, model_type, keep=original)
+        assert read(json.loads(json.dumps(written))) == config, changes
+        assert read(hf_config.to_hf(config, model_type)) == config, changes
+        assert {name: written[name] for name in ("eos_token_id", "something_else", "model_type")} == {
+            name: original[name] for name in ("eos_token_id", "something_else", "model_type")
+        }
+        same = [name for name in original if name in written]
+        assert list(written)[: len(same)] == same
+
+
+def test_a_change_elsewhere_keeps_what_the_model_is_read_without():
+    original = QWEN2 | {
+        "dual_chunk_attention_config": {"chunk_size": 40, "local_size": 8, "original_max_position_embeddings": 40}
+    }
+    config = dataclasses.replace(read(original), num_layers=2)
+    assert hf_config.to_hf(config, "qwen2", keep=original) == without(
+        original, "max_window_layers", "sliding_window"
+    ) | {"num_hidden_layers": 2}
+
+
+def test_a_file_of_another_architecture_gives_only_its_ids_of_tokens():
+    original = QWEN1 | {"eos_token_id": 9, "pad_token_id": None}
+    written = hf_config.to_hf(MODELS["qwen"], "qwen2", keep=original)
+    assert written == hf_config.to_hf(MODELS["qwen"], "qwen2") | {"eos_token_id": 9, "pad_token_id": None}
+    assert read(written) == MODELS["qwen"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(windows=(2, 3, 4)), r"one size for all windows, and this model has \[2, 3, 4\]"),
+        (dict(score=Score(labels=3, hidden=True)), "hidden score of 3 labels"),
+        (dict(qkv_bias=False), "'qwen2' has qkv_bias=True"),
+    ],
+)
+def test_a_model_that_config_json_cannot_say_is_refused(changes, message):
+    with pytest.raises(ModelError, match=message):
+        hf_config.to_hf(tiny_config(**changes), "qwen2")
