@@ -43,8 +43,8 @@ class Message:
 def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """The messages of a chat, checked; a DataError names the message and the field.
 
-    A message has a `role` and a `content`: a string, or a list of {"type": "text", "text": ...}. An assistant's may also
-    have `reasoning_content` and `tool_calls` (nested as OpenAI does it, or flat), and with either no content;
+    A message has a `role` and a `content`: a string, or a list of {"type": "text", "text": ...}. An assistant's may
+    also have `reasoning_content` and `tool_calls` (nested as OpenAI does it, or flat), and with either no content;
     `train: false` or `weight: 0` leaves its words out of training. Other fields must be empty.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):

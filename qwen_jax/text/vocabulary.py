@@ -148,12 +148,15 @@ def _ranks(file: Path) -> dict[bytes, int]:
 def _merged(token: bytes, ranks: Mapping[bytes, int], limit: int) -> list[bytes]:
     """The parts that remain of `token` when only tokens of ranks below `limit` are merged, lowest first."""
     parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 1:
-        of_pairs = [ranks.get(a + b, limit) for a, b in pairwise(parts)]
-        if (best := min(of_pairs)) >= limit:
-            break
-        i = of_pairs.index(best)
+    of_pairs = [ranks.get(a + b, limit) for a, b in pairwise(parts)]
+    while of_pairs and (lowest := min(of_pairs)) < limit:
+        i = of_pairs.index(lowest)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        del of_pairs[i]
+        if i > 0:
+            of_pairs[i - 1] = ranks.get(parts[i - 1] + parts[i], limit)
+        if i < len(of_pairs):
+            of_pairs[i] = ranks.get(parts[i] + parts[i + 1], limit)
     return parts
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from qwen_jax.command import Parser, run_command
@@ -26,7 +27,7 @@ from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.progress import Bytes
 from qwen_jax.weights.sinks import NativeSink, PublishedSink, Sink
 from qwen_jax.weights.source import Model, NativeCheckpoint, PublishedFolder, open_model
-from qwen_jax.weights.verify import add_model_options, certify, differences, to_json, total_bytes, transfer
+from qwen_jax.weights.verify import add_model_options, certify, differences, to_json, transfer
 
 CERTIFICATE = "certificate.json"
 
@@ -128,6 +129,7 @@ def _reopen(folder: Path, to: str) -> Model:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of the command line `arguments` (default: this process's)."""
     options = _parse(arguments)
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the TPU to whom it belongs
     source = open_model(options.src, allow_pickle_format=options.allow_pickle_format, warn=_say)
     to = options.to or ("native" if isinstance(source, PublishedFolder) else "hf")
     convert(source, options.dst.expanduser(), to=to, dtype=options.dtype, say=_say)

@@ -54,7 +54,7 @@ class Tensor:
         return tuple(itertools.starmap(slice, itertools.pairwise(ends)))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Names:
     embed: str
     layers: str

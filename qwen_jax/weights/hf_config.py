@@ -40,10 +40,15 @@ _FIELDS = [
         ("rope", "rope_theta rotary_emb_base rope_scaling rope_parameters"),
         ("tie_embeddings", "tie_word_embeddings"),
         ("score", "architectures auto_map num_labels id2label label2id"),
-        ("param_dtype dtype", "torch_dtype dtype params_dtype bf16 fp16 fp32"),
+        ("param_dtype", "torch_dtype dtype params_dtype bf16 fp16 fp32"),
     )
 ]
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# Architectures; those with a score are prefixed with Qwen2 or Qwen3.
+_CAUSAL = {"qwen": "QWenLMHeadModel", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_PLAIN_SCORE = "ForSequenceClassification"
+_HIDDEN_SCORES = {"ForRewardModel": 1, "ForProcessRewardModel": 2}  # and how many labels they have
 
 # Fields with one value that this library computes; absent, they have it.
 _FIXED = {
@@ -66,9 +71,7 @@ _REFUSED = {
     "vision_config": "only models of text are read",
 }
 # An unknown field of such a name may well change the function; null and false say that it does not.
-_SUSPECT = re.compile(
-    r"(rope|rotary|attention|attn|logits?)_.*|dual_chunk.*|.*_(scaling|softcap|softcapping|multiplier)"
-)
+_SUSPECT = re.compile(r"(rope|rotary|attention|attn|logits?)_\w{,50}|\w{,50}_(scaling|softcap|softcapping|multiplier)")
 _HARMLESS = {"attention_dropout", "attn_dropout_prob", "attn_pdrop", "attn_implementation"}
 _KNOWN = _HARMLESS | _FIXED.keys() | {name for _, names in _FIELDS for name in names}
 
@@ -182,8 +185,6 @@ class _Fields:
 
 
 def _model_type(fields: _Fields) -> ModelType:
-    if not isinstance(fields.values, Mapping):
-        raise ModelError(f"{fields.where}: it holds {reprlib.repr(fields.values)}; an object of fields is wanted")
     value = fields.values[fields.name_of("model_type")]
     if value in ("qwen2_moe", "qwen3_moe"):
         raise fields.refusal("model_type", "mixtures of experts are not read")
@@ -206,7 +207,7 @@ def _qwen1(fields: _Fields) -> ModelConfig:
         num_kv_heads=heads,
         head_dim=fields.integer("kv_channels"),
         mlp_width=fields.integer(mlp) // 2,
-        # max_position_embeddings only sizes what the tokenizer is told.
+        # Qwen1's own code does nothing with max_position_embeddings.
         max_position=fields.integer("seq_length", high=_MAX_POSITION),
         norm_eps=fields.number("layer_norm_epsilon"),
         qkv_bias=True,
@@ -222,7 +223,6 @@ def _qwen1(fields: _Fields) -> ModelConfig:
 
 def _qwen2_or_3(fields: _Fields, model_type: ModelType) -> ModelConfig:
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    fields.name_of("hidden_act")
     if model_type == "qwen3" or fields.has("head_dim"):
         head_dim = fields.integer("head_dim")
     elif width % heads:
@@ -269,7 +269,7 @@ def _theta(fields: _Fields) -> float:
                 if key in ("type", "rope_type") and value != "default":
                     raise rope.refusal(key, "only 'default' is read")
                 if key not in ("type", "rope_type", "rope_theta"):
-                    raise rope.refusal(key, "what it does to the model is not known here")
+                    raise fields.refusal(name, f"a plain rotary embedding has no {reprlib.repr(key)}")
             found += [rope] if rope.has("rope_theta") else []
     if not found:
         raise ModelError(f"{fields.where}: rope_theta is missing")
@@ -311,11 +311,6 @@ def _head_and_dtype(fields: _Fields, model_type: ModelType) -> dict[str, Any]:
             raise fields.refusal(name, "'float32', 'bfloat16' or 'float16' is wanted")
     dtype = cast(DType, "float32" if dtype == "float16" else dtype)
     return {"score": _score(fields, model_type), "param_dtype": dtype, "dtype": dtype}
-
-
-_CAUSAL = {"qwen": "QWenLMHeadModel", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-_PLAIN_SCORE = "ForSequenceClassification"
-_HIDDEN_SCORES = {"ForRewardModel": 1, "ForProcessRewardModel": 2}  # and how many labels they have
 
 
 def _score(fields: _Fields, model_type: ModelType) -> Score | None:

@@ -54,7 +54,7 @@ class SafetensorsFile(RegularFile):
 
     Attributes:
       tensors: name -> TensorInfo, in the order of the header.
-      metadata: what the file says about itself, such as {"format": "pt"}.
+      metadata: what the file says about itself, such as {"format": "pt"}; None if it has no place for it.
 
     Raises ModelError if any part of the file is not as the format wants it, FileError if it cannot be opened.
     """
@@ -63,7 +63,7 @@ class SafetensorsFile(RegularFile):
         super().__init__(path)
         try:
             header, data_start = self._read_header()
-            self.metadata = _checked_metadata(header.pop(METADATA, {}))
+            self.metadata = _checked_metadata(header.pop(METADATA, None))
             parsed = {name: _checked_entry(name, entry) for name, entry in header.items()}
             _check_offsets({name: offsets for name, (_, offsets) in parsed.items()}, self.size - data_start)
         except ValueError as error:
@@ -105,12 +105,12 @@ class SafetensorsWriter:
     Raises FileError if the system refuses, for example because the disk is full or another process writes this file.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> None:
         self.path = path
         self._partial = path.with_name(f".{path.name}.partial")
         self._tensors = dict(tensors)
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in tensors}  # rows: first, last + 1
-        entries: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+        entries: dict[str, Any] = {} if metadata is None else {METADATA: dict(metadata)}
         begin = 0
         for name, info in tensors.items():
             offsets = [begin, begin := begin + info.nbytes]
@@ -124,16 +124,13 @@ class SafetensorsWriter:
     def __enter__(self) -> Self:
         try:
             self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.ftruncate(self._descriptor, len(self._header) + self._data_size)
-            except OSError:
-                os.close(self._descriptor)
-                raise
-        except BlockingIOError as error:
-            raise FileError(f"{self.path} is being written by another process: wait for it or end it") from error
         except OSError as error:
             raise self._refused(error) from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._descriptor)
+            raise FileError(f"{self.path} is being written by another process: wait for it or end it") from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -158,7 +155,7 @@ class SafetensorsWriter:
             raise ValueError(f"{name} has {_num_rows(info)} rows, not {rows[0]} to {rows[1]}")
         if array.size:
             position = self._offsets[name] + start * (array.nbytes // (rows[1] - rows[0]))
-            self._write_bytes(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)), position)
+            self._write_bytes(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, position)
             self._written[name].append(rows)
 
     def _finish(self) -> None:
@@ -172,6 +169,7 @@ class SafetensorsWriter:
                 raise ValueError(f"{self.path}: the rows of {name} were not each written once")
         self._write_bytes(memoryview(self._header), 0)
         try:
+            os.ftruncate(self._descriptor, len(self._header) + self._data_size)  # what a killed writer left behind it
             os.fsync(self._descriptor)
             self._partial.replace(self.path)
             sync(self.path.parent)
@@ -200,7 +198,9 @@ def _num_rows(info: TensorInfo) -> int:
     return info.shape[0] if info.shape else 1
 
 
-def _checked_metadata(metadata: Any) -> dict[str, str]:
+def _checked_metadata(metadata: Any) -> dict[str, str] | None:
+    if metadata is None:
+        return None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{METADATA} is not an object of strings")
     return metadata

@@ -14,12 +14,11 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import FileError
 from qwen_jax.weights import hf, manifest
 from qwen_jax.weights.safetensors import SafetensorsWriter
-from qwen_jax.weights.source import Piece, piece_rows
+from qwen_jax.weights.source import INDEX, Piece, piece_rows
 from qwen_jax.weights.stored import ArrayWriter
 from qwen_jax.weights.tensors import TensorInfo
 
 SHARD_BYTES = 5 * 10**9  # of one file, as other tools have it
-INDEX = "model.safetensors.index.json"
 
 
 class Sink(Protocol):
@@ -132,7 +131,9 @@ def default_layout(infos: Mapping[str, TensorInfo]) -> dict[str, dict[str, Any]]
         shards[-1].append(name)
         size += info.nbytes
     last = len(shards)
-    names = ["model.safetensors"] if last == 1 else [f"model-{n:05d}-of-{last:05d}.safetensors" for n in range(1, last + 1)]
+    names = (
+        ["model.safetensors"] if last == 1 else [f"model-{n:05d}-of-{last:05d}.safetensors" for n in range(1, last + 1)]
+    )
     return {
         file: {"metadata": {"format": "pt"}, "tensors": sorted(shard)}
         for file, shard in zip(names, shards, strict=True)

@@ -5,12 +5,13 @@ Everything is read in pieces: some rows of a published tensor, which are a slice
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +20,11 @@ from qwen_jax.errors import FileError, ModelError
 from qwen_jax.text import Tokenizer
 from qwen_jax.weights import hf, hf_config, hub, manifest, strict_json
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
-from qwen_jax.weights.folder import open_folder
+from qwen_jax.weights.folder import Tensors, open_folder
+from qwen_jax.weights.safetensors import SafetensorsFile
 from qwen_jax.weights.stored import StoredArrays
 
+INDEX = "model.safetensors.index.json"
 PIECE_BYTES = 32 * 2**20
 
 # What lies beside the weights of a published model and says how it is used. Kept, word for word, in both directions.
@@ -36,11 +39,11 @@ SIDE_FILES = (
     "merges.txt",
     "qwen.tiktoken",
     "chat_template.jinja",
+    INDEX,
     "LICENSE",
     "NOTICE",
 )
 SIDE_FILE_BYTES = 100 * 2**20
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +83,9 @@ def piece_rows(shape: Sequence[int], itemsize: int) -> int:
     return max(1, min(shape[0], PIECE_BYTES // max(1, itemsize * math.prod(shape[1:]))))
 
 
-class Model(Protocol):
-    """
+class Model(abc.ABC):
+    """What there is to know of a model without its weights, and its weights piece by piece.
+
     Attributes:
       path: folder it is in.
       config: shape and constants, dtypes as stored.
@@ -99,36 +103,46 @@ class Model(Protocol):
     layout: Mapping[str, Any] | None
     chat: bool
 
+    @abc.abstractmethod
     def dtype(self, tensor: hf.Tensor) -> np.dtype:
         """Type it is stored in."""
-        ...
 
+    @abc.abstractmethod
     def read(self, piece: Piece) -> np.ndarray:
         """The values of a piece, in its shape. Thread-safe."""
-        ...
 
+    @abc.abstractmethod
     def side_files(self) -> dict[str, bytes]:
         """The contents of those SIDE_FILES there are."""
-        ...
 
-    def tokenizer(self) -> Tokenizer: ...
+    @abc.abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """Raises FileError if there is none."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weights as stored."""
+        return sum(self.dtype(tensor).itemsize * math.prod(tensor.shape) for tensor in self.table)
 
 
-class PublishedFolder:
+class PublishedFolder(Model):
     """A folder as published: config.json, safetensors or PyTorch files, the tokenizer's files."""
 
     def __init__(self, path: Path, *, allow_pickle_format: bool = False) -> None:
         self.path = path
         values = read_json(path / "config.json")
         self.config = hf_config.from_hf(values, where=str(path / "config.json"))
-        self.model_type: hf.ModelType = values["model_type"]
+        self.model_type = values["model_type"]
         self.table = hf.table(self.config, self.model_type)
         self.files = open_folder(path, allow_pickle_format=allow_pickle_format)
         shapes = {name: info.shape for name, info in self.files.tensors.items()}
-        self.layout = self.files.layout
-        self.chat = False
-        for name, same in hf.match(self.table, shapes, where=str(path)).items():
+        second = hf.match(self.table, shapes, where=str(path))
+        for name, same in second.items():
             self._check_equal(name, same)
+        self.chat = False
+        self.layout = _layout(self.files)
+        if len(shapes) != len(self.table) + len(second):
+            self.layout = None  # a file of ours would lack the buffers that are in these
 
     def dtype(self, tensor: hf.Tensor) -> np.dtype:
         return self.files.tensors[tensor.name].dtype
@@ -155,7 +169,16 @@ class PublishedFolder:
                 )
 
 
-class NativeCheckpoint:
+def _layout(files: Tensors) -> dict[str, Any] | None:
+    """Which safetensors file holds what, in its order."""
+    if not all(isinstance(shard, SafetensorsFile) for shard in files.shards.values()):
+        return None
+    return {
+        name: {"metadata": dict(shard.metadata), "tensors": list(shard.tensors)} for name, shard in files.shards.items()
+    }
+
+
+class NativeCheckpoint(Model):
     """A checkpoint of this library: of a training run, or made by convert."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -164,7 +187,7 @@ class NativeCheckpoint:
         self.config = ModelConfig.from_json(checkpoint.read("model.json").decode())
         # What convert noted of the published folder that the weights came from.
         origin: dict[str, Any] = checkpoint.meta.get("published", {})
-        self.model_type: hf.ModelType = origin.get("model_type") or hf.model_type_of(self.config)
+        self.model_type = origin.get("model_type") or hf.model_type_of(self.config)
         self.layout = origin.get("layout")
         self.chat = checkpoint.meta.get("chat", False)
         self.table = hf.table(self.config, self.model_type)

@@ -117,14 +117,12 @@ class RegularFile:
             self._read_part(out, offset, (*info.shape, width), (*bounds, (0, width)))
         return out.view(info.dtype).reshape(out.shape[:-1])
 
-    def _read_part(
-        self, out: np.ndarray, offset: int, shape: Sequence[int], bounds: Sequence[tuple[int, int]]
-    ) -> None:
+    def _read_part(self, out: np.ndarray, offset: int, shape: Sequence[int], bounds: Sequence[tuple[int, int]]) -> None:
         """Fills `out` with the part `bounds` of the array of bytes that has `shape` and starts at `offset`."""
         row = math.prod(shape[1:])
         offset += bounds[0][0] * row
         if out[0].nbytes == row:
-            self._read_into(memoryview(out).cast("B"), offset)
+            self._read_into(out.data.cast("B"), offset)
         elif len(out) == 1 or row > BLOCK_BYTES or _run(shape[1:], bounds[1:]) >= PAGE_BYTES:
             for part, position in zip(out, range(offset, offset + len(out) * row, row), strict=True):
                 self._read_part(part, position, shape[1:], bounds[1:])
@@ -134,7 +132,7 @@ class RegularFile:
             for first in range(0, len(out), rows):
                 part = out[first : first + rows]
                 block = np.empty((len(part), *shape[1:]), np.uint8)
-                self._read_into(memoryview(block).cast("B"), offset + first * row)
+                self._read_into(block.data.cast("B"), offset + first * row)
                 part[...] = block[:, *cut]
 
     def _read_into(self, buffer: memoryview, offset: int) -> None:

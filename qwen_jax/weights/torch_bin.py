@@ -29,7 +29,6 @@ class TorchFile(RegularFile):
 
     Attributes:
       tensors: name -> TensorInfo, in the order of the state dict. Tied tensors are there under each of their names.
-      metadata: empty; the format has none.
 
     Raises ModelError if the file holds anything but dense tensors by name, FileError if it cannot be opened.
     """
@@ -45,13 +44,12 @@ class TorchFile(RegularFile):
             self._starts = {storage: self._find(storage, entries) for storage in storages}
         except ValueError as error:
             self.close()
-            message = f"{path} cannot be read as PyTorch weights: {error}; load it with PyTorch and save it as safetensors"
+            message = f"{path} cannot be read as PyTorch weights: {error}; use these weights as safetensors"
             raise ModelError(message) from error
         except BaseException:
             self.close()
             raise
         self.tensors = {name: tensor.info for name, tensor in self._stored.items()}
-        self.metadata: dict[str, str] = {}
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         tensor = self._stored[name]

@@ -74,19 +74,16 @@ class _Machine:
 
     def run(self, data: bytes) -> Any:
         """What the pickle leaves on the stack."""
-        position = -1
         for count, (opcode, argument, position) in enumerate(pickletools.genops(data)):
             if count == MAX_OPCODES:
                 raise ValueError(f"its pickle has over {MAX_OPCODES} opcodes")
-            if opcode.name == "STOP":
-                break
+            if opcode.name == "STOP" and position == len(data) - 1 and not self._outer and len(self._stack) == 1:
+                return self._stack.pop()
             step = _STEPS.get(opcode.name)
             if step is None:
-                raise ValueError(f"its pickle has the opcode {opcode.name}, which a dictionary of tensors does not need")
+                raise ValueError(f"its pickle has the opcode {opcode.name} at byte {position}, where none is expected")
             step(self, argument)
-        if self._outer or len(self._stack) != 1 or position != len(data) - 1:
-            raise ValueError("its pickle is malformed")
-        return self._stack.pop()
+        raise ValueError("its pickle does not end")
 
     def protocol(self, version: int) -> None:
         if version != 2:

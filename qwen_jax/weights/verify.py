@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from qwen_jax.command import Parser, run_command
@@ -59,7 +60,7 @@ def transfer(
         for piece in pieces(tensor, wanted.itemsize):
             values = np.ascontiguousarray(model.read(piece).astype(wanted, copy=False))
             write(piece, values)
-            digest.update(values.view(np.uint8))
+            digest.update(values.view(np.uint8).data)
             advance(values.nbytes)
         return Entry(tensor.shape, str(wanted), digest.hexdigest())
 
@@ -90,11 +91,6 @@ def differences(a: Certificate, b: Certificate) -> list[str]:
     return sorted(found)
 
 
-def total_bytes(model: Model) -> int:
-    """Of all tensors as stored."""
-    return sum(model.dtype(tensor).itemsize * int(np.prod(tensor.shape, dtype=np.int64)) for tensor in model.table)
-
-
 def to_json(certificate: Certificate) -> str:
     """The certificate as text, a line for each tensor."""
     lines = (f"{json.dumps(name)}: {json.dumps(dataclasses.asdict(entry))}" for name, entry in certificate.items())
@@ -104,10 +100,11 @@ def to_json(certificate: Certificate) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if the models are equal, 3 if not."""
     options = _parse(arguments)
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the TPU to whom it belongs
     models = [open_model(path, allow_pickle_format=options.allow_pickle_format) for path in (options.a, options.b)]
     certificates = []
     for model in models:
-        with Bytes(f"reading {model.path.name}", total_bytes(model)) as progress:
+        with Bytes(f"reading {model.path.name}", model.nbytes) as progress:
             certificates.append(certify(model, advance=progress.advance))
     if options.output:
         try:
@@ -118,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if found:
         more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
         raise ModelError(f"{options.a} and {options.b} are not equal: {'; '.join(found[:5])}{more}")
-    print(f"equal: {len(certificates[0])} tensors, {total_bytes(models[0]) / 1e9:.2f} GB")
+    print(f"equal: {len(certificates[0])} tensors, {models[0].nbytes / 1e9:.2f} GB")
     return 0
 
 
@@ -133,7 +130,9 @@ def add_model_options(parser: argparse.ArgumentParser, *names: str) -> None:
     """Positional model references, and how they are read."""
     for name in names:
         parser.add_argument(
-            name, metavar=name.upper(), help="a published folder, a checkpoint, a run, or a name such as Qwen/Qwen2.5-0.5B"
+            name,
+            metavar=name.upper(),
+            help="a published folder, a checkpoint, a run, or a name such as Qwen/Qwen2.5-0.5B",
         )
     parser.add_argument(
         "--allow-pickle-format", action="store_true", help="read PyTorch's own format (.bin) where there is no other"

@@ -118,19 +118,25 @@ def test_every_published_model_makes_the_way_there_and_back(name):
         assert read(json.loads(json.dumps(hf_config.to_hf(config, kind)))) == config
 
 
+# What the collection of shapes says otherwise than the zoo: another program's limits, the first Qwen-7B, a guess.
+OTHERWISE = {"Qwen1.5-1.8B-Chat": "max_position", "Qwen-7B(-Chat, Aug 2023)": "max_position", "Qwen1.5-4B": "rope"}
+
+
 @needs_published
 def test_published_shapes_are_those_of_the_zoo():
-    shapes = json.loads((CONFIGS / "qwen_shapes.json").read_text())
-    count = 0
+    shapes = without(json.loads((CONFIGS / "qwen_shapes.json").read_text()), "_note")
+    assert len(shapes) == 22
     for name, values in shapes.items():
-        if name in zoo.names():
-            values = {name: value for name, value in values.items() if name != "attention_bias"}
-            config = read(values)
-            assert config == zoo.published(name), name
-            assert config.num_parameters == values["params_total"]
-            assert sum(math.prod(t.shape) for t in hf.table(config, values["model_type"])) == values["params_total"]
-            count += 1
-    assert count >= 22
+        values = without(values, "attention_bias")  # in words
+        if values["model_type"] == "qwen":
+            values |= {"kv_channels": 128, "layer_norm_epsilon": 1e-6, "seq_length": values["max_position_embeddings"]}
+        config, known = read(values), zoo.published(name.split("(")[0])
+        if name in OTHERWISE:
+            assert getattr(config, OTHERWISE[name]) != getattr(known, OTHERWISE[name])
+            config = dataclasses.replace(config, **{OTHERWISE[name]: getattr(known, OTHERWISE[name])})
+        assert config == known, name
+        tensors = hf.table(config, values["model_type"])
+        assert config.num_parameters == sum(math.prod(t.shape) for t in tensors) == values["params_total"]
 
 
 @needs_published
@@ -241,7 +247,6 @@ BAD = [
     *[("qwen2", {name: None}, f"{name} is missing") for name in (
         "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
         "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
-        "hidden_act",
     )],
     ("qwen3", {"head_dim": None}, "head_dim is missing"),
     *[("qwen", {name: None}, f"{name} is missing") for name in ("kv_channels", "seq_length", "layer_norm_epsilon")],
@@ -284,7 +289,7 @@ BAD = [
     ("qwen", {"scale_attn_weights": False}, "scale_attn_weights is False"),
     ("qwen2", {"use_mrope": True}, "use_mrope is True"),
     ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling: type is 'yarn'; only 'default'"),
-    ("qwen2", {"rope_scaling": {"rope_type": "default", "factor": 4.0}}, "rope_scaling: factor is 4.0; what it does"),
+    ("qwen2", {"rope_scaling": {"rope_type": "default", "factor": 4.0}}, "rope_scaling is .*; a plain rotary embedding has no 'factor'"),
     ("qwen2", {"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; an object is wanted"),
     ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, r"given as \[12345.0, 1000000.0\]"),
     ("qwen2", {"rope_parameters": {"rope_theta": "x"}}, "rope_parameters: rope_theta is 'x'"),
@@ -318,12 +323,6 @@ def test_what_cannot_be_honoured_is_refused_in_one_line(kind, change, message):
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
-@pytest.mark.parametrize("values", [None, [], "qwen2", 3])
-def test_a_file_that_holds_no_object_is_refused(values):
-    with pytest.raises(ModelError, match=r"^m/config\.json: .* an object of fields is wanted"):
-        read(values)
-
-
 def test_code_is_not_run_and_other_programs_fields_are_not_looked_at():
     values = QWEN2 | {"auto_map": {"AutoConfig": "../../x.py"}, "transformers_version": 3, "attention_sink": False}
     assert read(values) == MODELS["qwen2"]
@@ -336,9 +335,12 @@ JSON = st.recursive(
 )
 
 
+MORE = {"dual_chunk_attention_config", "head_dim", "id2label", "layer_types", "num_labels", "rope_parameters"}
+
+
 @given(st.sampled_from(sorted(FILES)), st.data())
 def test_any_value_of_any_field_is_read_or_refused(kind, data):
-    name = data.draw(st.sampled_from(sorted(FILES[kind].keys() | QWEN2.keys() | {"dual_chunk_attention_config"})))
+    name = data.draw(st.sampled_from(sorted(FILES[kind].keys() | QWEN2.keys() | MORE)))
     values = FILES[kind] | {name: data.draw(JSON)}
     try:
         config = read(values)
