@@ -1,20 +1,25 @@
-"""`python -m infer generate RUN_OR_CHECKPOINT --prompt TEXT`; `--help` tells the rest."""
+"""`python -m infer generate MODEL --prompt TEXT` or `python -m infer chat MODEL`; `--help` tells the rest."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from infer.config import parse
+from infer.config import Chat, parse
 from qwen_jax.command import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of the command line `arguments` (default: this process's)."""
     options = parse(arguments)
-    from infer.generate import run  # jax is loaded only now: --help and a mistyped option answer at once
+    # jax is loaded only now: --help and a mistyped option answer at once.
+    if isinstance(options, Chat):
+        from infer import chat
 
-    return run(options)
+        return chat.run(options)
+    from infer import generate
+
+    return generate.run(options)
 
 
 if __name__ == "__main__":

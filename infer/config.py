@@ -9,41 +9,72 @@ from pathlib import Path
 
 from qwen_jax.command import Parser
 from qwen_jax.config import DType
+from qwen_jax.text.chat import FORMATS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate:
-    """What `python -m infer generate` was asked for; the names are those of the options.
+class Options:
+    """What every command is told of the model and of how it chooses tokens; the names are those of the options.
 
     Attributes:
-      model: a run folder, a checkpoints folder, or the folder of one step.
+      model: a published folder, a run or checkpoint folder of ours, or the name of a published model.
+      allow_pickle_format: whether weights in PyTorch's own format are read.
+      dtype: type of parameters and computation; None for the checkpoint's.
+      format: name of a chat format; None for the model's own.
+      thinking: False closes an empty thought before every answer.
+      max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty: None for the model's own default;
+        otherwise as in `qwen_jax.engine.Sampling`.
+      seed: of the random numbers.
+    """
+
+    model: str
+    allow_pickle_format: bool
+    dtype: DType | None
+    format: str | None
+    thinking: bool
+    max_new_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Options):
+    """What `python -m infer generate` was asked for.
+
+    Attributes:
       prompt: prompts given on the command line.
       input: a file of prompts, "-" for standard input, None for neither.
       output: file for the completions, as JSON lines; None for standard output.
-      max_new_tokens: None for up to 256, as far as max_position has room.
-      temperature, top_k, top_p, min_p, repetition_penalty: as in `qwen_jax.engine.Sampling`.
-      seed: of the random numbers.
+      control_tokens: whether control tokens spelled out in a prompt become their ids.
       stop: strings that end a completion.
       n: completions per prompt.
-      dtype: type of parameters and computation; None for the checkpoint's.
       batch_size: completions made together.
     """
 
-    model: Path
     prompt: Sequence[str]
     input: str | None
     output: Path | None
-    max_new_tokens: int | None
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    seed: int
+    control_tokens: bool
     stop: Sequence[str]
     n: int
-    dtype: DType | None
     batch_size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chat(Options):
+    """What `python -m infer chat` was asked for.
+
+    Attributes:
+      system: text of the system message; None for the format's own default.
+      load: a saved chat to go on with.
+    """
+
+    system: str | None
+    load: Path | None
 
 
 EXIT_CODES = (
@@ -52,7 +83,7 @@ EXIT_CODES = (
 )
 
 
-def parse(arguments: Sequence[str] | None = None) -> Generate:
+def parse(arguments: Sequence[str] | None = None) -> Generate | Chat:
     """The options in `arguments` (default: those of the process). Raises ConfigError for any it does not know."""
     parser = Parser(prog="python -m infer", description="Run a trained model.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -63,44 +94,87 @@ def parse(arguments: Sequence[str] | None = None) -> Generate:
         "done; JSON lines come out with --output, or when JSON lines came in.",
         epilog=EXIT_CODES,
     )
-    _add_files(generate)
+    generate.set_defaults(command=Generate)
+    _add_model(generate)
+    _add_prompts(generate)
     _add_sampling(generate)
-    return Generate(**vars(parser.parse_args(arguments)))
+    chat = commands.add_parser(
+        "chat",
+        help="talk to a model",
+        description="Talk to a model. Each line is a message; one that ends in \\ goes on in the next line. /help "
+        "lists the commands. Ctrl-C stops an answer, or leaves; Ctrl-D leaves. Lines piped in are answered in turn.",
+        epilog=EXIT_CODES,
+    )
+    chat.set_defaults(command=Chat)
+    _add_model(chat)
+    _add_start(chat)
+    _add_sampling(chat)
+    options = vars(parser.parse_args(arguments))
+    return options.pop("command")(**options)
 
 
-def _add_files(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
-        "model", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run folder, a checkpoints folder, or one step's folder"
+        "model",
+        metavar="MODEL",
+        help="a published folder, a run or checkpoint folder of ours, or the name of a published model",
     )
+    add("--allow-pickle-format", action="store_true", help="read weights in PyTorch's own format, too")
+    add("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the checkpoint's)")
+    add(
+        "--format",
+        metavar="NAME",
+        choices=FORMATS,
+        help=f"format of chats: {', '.join(FORMATS)} (default: the model's own)",
+    )
+    add("--no-thinking", dest="thinking", action="store_false", help="have a thinking model answer at once")
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--prompt", metavar="TEXT", action="append", default=[], help="may be given several times")
     add(
         "--input",
         metavar="FILE",
-        help='more prompts, - for standard input: JSON lines {"prompt": ...} if the name ends in .jsonl or the first '
-        "line begins with {, else one prompt per line; empty lines are skipped",
+        help='more prompts, - for standard input: JSON lines {"prompt": ...} or {"messages": [...], "tools": [...]} if '
+        "the name ends in .jsonl or the first line begins with {, else one prompt per line; empty lines are skipped",
     )
     add("--output", metavar="FILE", type=Path, help="write JSON lines to this file")
+    add(
+        "--control-tokens",
+        action="store_true",
+        help="take <|fim_prefix|>, <|im_start|> and the like in prompts for the tokens they name; without it, for "
+        "plain text",
+    )
+    add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be given several times")
+    add("--n", metavar="N", type=_integer(1), default=1, help="completions per prompt (default: 1)")
     add("--batch-size", metavar="N", type=_integer(1), default=8, help="completions made together (default: 8)")
-    add("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the checkpoint's)")
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--system", metavar="TEXT", help="the system message (default: the format's own)")
+    start.add_argument("--load", metavar="FILE", type=Path, help="go on with a saved chat")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    group = parser.add_argument_group(
+        "how tokens are chosen", "Defaults are the model's own, in its generation_config.json; without one, as shown."
+    )
+    add = group.add_argument
     add(
         "--max-new-tokens",
         metavar="N",
         type=_integer(1),
-        help="longest completion (default: 256, or what max_position leaves beside the longest prompt)",
+        help="most tokens to make (generate: 256; chat: what there is room for)",
     )
-    add("--temperature", metavar="T", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
-    add("--top-k", metavar="K", type=int, default=0, help="keep the K likeliest tokens (default: 0, keep all)")
-    add("--top-p", metavar="P", type=float, default=1.0, help="keep the likeliest that reach P together (default: 1)")
-    add("--min-p", metavar="P", type=float, default=0.0, help="keep those P times as likely as the best (default: 0)")
-    add("--repetition-penalty", metavar="X", type=float, default=1.0, help="above 1 against repetition (default: 1)")
+    add("--temperature", metavar="T", type=float, help="0 takes the likeliest token (1)")
+    add("--top-k", metavar="K", type=int, help="keep the K likeliest tokens (0: all)")
+    add("--top-p", metavar="P", type=float, help="keep the likeliest that reach P together (1: all)")
+    add("--min-p", metavar="P", type=float, help="keep those P times as likely as the best (0: all)")
+    add("--repetition-penalty", metavar="X", type=float, help="above 1 against repetition (1: none)")
     add("--seed", metavar="N", type=_integer(0, 2**32 - 1), default=0, help="of the random numbers (default: 0)")
-    add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be given several times")
-    add("--n", metavar="N", type=_integer(1), default=1, help="completions per prompt (default: 1)")
 
 
 def _integer(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -5,31 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TextIO
 
-import jax
-
 from infer.config import Generate
-from qwen_jax.engine import Completion, Sampling, StopStrings, generate, load
+from infer.model import Opened, open_for
+from infer.prompts import Prompt, encode_chat, encode_text, read_prompts
+from infer.terminal import faint, safe, warn
+from qwen_jax.engine import Completion, StopStrings, generate
 from qwen_jax.errors import INTERRUPTED, ConfigError, DataError, FileError
-from qwen_jax.sharding import make_mesh
-from qwen_jax.text import Tokenizer
+from qwen_jax.weights.usage import turn_ends
 
 DEFAULT_NEW_TOKENS = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A prompt, and the place it came from, for messages."""
-
-    text: str
-    where: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +29,9 @@ class Request:
     row: int
     index: int
     sample: int
-    prompt: str
+    prompt: Prompt
     ids: Sequence[int]
+    stop_ids: frozenset[int]
 
 
 Show = Callable[[int, str], None]  # takes the number of a completion within its batch, and the next piece of it
@@ -49,23 +40,24 @@ Write = Callable[[Sequence[Request], Sequence[Completion]], None]  # takes a bat
 
 def run(options: Generate) -> int:
     """Does what `options` ask for; the exit code."""
-    sampling = Sampling(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Sampling)})
     StopStrings(options.stop)  # what cannot be one is refused before the weights are read
-    prompts, jsonl = _prompts(options)
-    engine, tokenizer = load(options.model, mesh=make_mesh(devices=jax.devices()[:1]), dtype=options.dtype, warn=_warn)
-    requests = _requests(prompts, tokenizer, options.n)
-    limit = _limit(prompts, requests, options.max_new_tokens, engine.config.max_position)
+    prompts, jsonl = read_prompts(options)
+    opened = open_for(options)
+    requests = _requests(prompts, opened, options)
+    limit = _limit(requests, opened, options.max_new_tokens)
+    engine = opened.load()
+    opened.report()
     clock, made, code = _Clock(), [], 0
     with _sink(options, requests, jsonl) as (show, write):
         while len(made) < len(requests) and code == 0:
             batch = requests[len(made) : len(made) + options.batch_size]
-            completions = [Completion(tokenizer, options.stop) for _ in batch]
+            completions = [Completion(opened.tokenizer, request.stop_ids, options.stop) for request in batch]
             ids, rows = [request.ids for request in batch], [request.row for request in batch]
             try:
                 if options.output is not None or not sys.stdout.isatty():
                     clock.tick(len(made), len(requests))
                 generate(
-                    engine, ids, completions, sampling,
+                    engine, ids, completions, opened.sampling,
                     seed=options.seed, rows=rows, max_new_tokens=limit, show=clock.watch(show),
                 )  # fmt: skip
             except KeyboardInterrupt:
@@ -78,68 +70,38 @@ def run(options: Generate) -> int:
     return code
 
 
-def _prompts(options: Generate) -> tuple[list[Prompt], bool]:
-    """The prompts of the command line and of the input, and whether the input was JSON lines."""
-    prompts = [Prompt(text, f"--prompt {number}") for number, text in enumerate(options.prompt, 1)]
-    jsonl = False
-    if options.input is not None:
-        more, jsonl = _read(options.input)
-        prompts += more
-    elif not prompts:
-        raise ConfigError('no prompt; give --prompt "TEXT", --input FILE, or --input - for standard input')
-    for prompt in prompts:
-        try:
-            prompt.text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{prompt.where}: character {error.start + 1} of the prompt is not valid UTF-8") from error
-    return prompts, jsonl
-
-
-def _read(source: str) -> tuple[list[Prompt], bool]:
-    """The prompts in a file, or "-" for standard input, and whether they are JSON lines."""
-    name = "standard input" if source == "-" else source
-    try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
-    except OSError as error:
-        raise FileError(f"cannot read prompts from {name}: {error.strerror}") from error
-    try:
-        lines = data.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise DataError(f"{name}:{line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
-    numbered = [(f"{name}:{number}", line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise DataError(f'{name} has no prompts; one per line, or JSON lines {{"prompt": ...}}, are wanted')
-    jsonl = source.endswith(".jsonl") or numbered[0][1].lstrip().startswith("{")
-    return [Prompt(_row(line, where) if jsonl else line, where) for where, line in numbered], jsonl
-
-
-def _row(line: str, where: str) -> str:
-    """The prompt of a JSON line."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f'{where}: not JSON ({error}); rows such as {{"prompt": "..."}} are wanted') from error
-    if not isinstance(row, dict) or "prompt" not in row:
-        found = f"keys {', '.join(row)}" if isinstance(row, dict) else type(row).__name__
-        raise DataError(f'{where}: the row has {found}; an object with the key "prompt" is wanted')
-    if not isinstance(row["prompt"], str):
-        raise DataError(f"{where}: the prompt is {type(row['prompt']).__name__}; a string is wanted")
-    return row["prompt"]
-
-
-def _requests(prompts: Sequence[Prompt], tokenizer: Tokenizer, n: int) -> list[Request]:
-    """`n` requests per prompt. Documents follow <|endoftext|>, so that is what an empty prompt starts from."""
-    ids = [tokenizer.encode(prompt.text) or [tokenizer.end_of_text] for prompt in prompts]
+def _requests(prompts: Sequence[Prompt], opened: Opened, options: Generate) -> list[Request]:
+    """`n` requests per prompt."""
+    tokenizer, stop_ids = opened.tokenizer, opened.usage.stop_ids
+    encoders = {False: functools.partial(encode_text, tokenizer=tokenizer, control_tokens=options.control_tokens)}
+    if any(prompt.is_chat for prompt in prompts):
+        form = opened.chat_format()
+        encoders[True] = functools.partial(encode_chat, tokenizer=tokenizer, form=form, thinking=options.thinking)
+    elif options.format or not options.thinking:
+        raise ConfigError("--format and --no-thinking are for rows with messages, and there are none; leave them out")
+    if not options.control_tokens:
+        _warn_of_control_tokens(prompts, opened)
+    ids = [encoders[prompt.is_chat](prompt) for prompt in prompts]
+    ends = [stop_ids | turn_ends(tokenizer) if prompt.is_chat else stop_ids for prompt in prompts]
     return [
-        Request(index * n + sample, index, sample, prompts[index].text, ids[index])
+        Request(index * options.n + sample, index, sample, prompts[index], ids[index], ends[index])
         for index in range(len(prompts))
-        for sample in range(n)
+        for sample in range(options.n)
     ]
 
 
-def _limit(prompts: Sequence[Prompt], requests: Sequence[Request], asked: int | None, max_position: int) -> int:
+def _warn_of_control_tokens(prompts: Sequence[Prompt], opened: Opened) -> None:
+    """Says once that a prompt spells out a token and does not get it."""
+    for prompt in prompts:
+        for token in opened.tokenizer.control:
+            if token in prompt.row.get("prompt", ""):
+                warn(f"{prompt.where}: {token} is taken for plain text; --control-tokens takes it for the token")
+                return
+
+
+def _limit(requests: Sequence[Request], opened: Opened, asked: int | None) -> int:
     """Tokens a completion may have. DataError if a prompt leaves no room for that many."""
+    max_position = opened.model.config.max_position
     longest = max(requests, key=lambda request: len(request.ids))
     room = max_position - len(longest.ids)
     if room < (asked or 1):
@@ -147,10 +109,10 @@ def _limit(prompts: Sequence[Prompt], requests: Sequence[Request], asked: int | 
             f"ask for at most {room} new tokens" if room > 0 else f"prompts of up to {max_position - 1} tokens fit"
         )
         raise DataError(
-            f"{prompts[longest.index].where}: a prompt of {len(longest.ids)} tokens and {asked or 1} new ones do not "
+            f"{longest.prompt.where}: a prompt of {len(longest.ids)} tokens and {asked or 1} new ones do not "
             f"fit into the model's {max_position} positions; {way_out}"
         )
-    return asked or min(DEFAULT_NEW_TOKENS, room)
+    return asked or min(opened.usage.max_new_tokens or DEFAULT_NEW_TOKENS, room)
 
 
 @contextmanager
@@ -169,8 +131,8 @@ def _sink(options: Generate, requests: Sequence[Request], jsonl: bool) -> Iterat
     elif len(requests) == 1:
         sys.stdout.reconfigure(errors="replace")
         if sys.stdout.isatty():
-            print(_dim(requests[0].prompt), end="", flush=True)
-        yield lambda number, piece: print(piece, end="", flush=True), lambda batch, completions: print(flush=True)
+            print(faint(safe(requests[0].prompt.row["prompt"])), end="", flush=True)
+        yield lambda number, piece: print(safe(piece), end="", flush=True), lambda batch, completions: print(flush=True)
     else:
         sys.stdout.reconfigure(errors="replace")
         yield quiet, functools.partial(_write_sections, options.n)
@@ -181,7 +143,7 @@ def _write_json(file: TextIO, seed: int, batch: Sequence[Request], completions: 
         row = {
             "index": request.index,
             "sample": request.sample,
-            "prompt": request.prompt,
+            **request.prompt.row,
             "completion": completion.text,
             "finish_reason": completion.finish_reason,
             "prompt_tokens": len(request.ids),
@@ -195,19 +157,9 @@ def _write_json(file: TextIO, seed: int, batch: Sequence[Request], completions: 
 def _write_sections(n: int, batch: Sequence[Request], completions: Sequence[Completion]) -> None:
     for request, completion in zip(batch, completions, strict=True):
         number = f"{request.index + 1}.{request.sample + 1}" if n > 1 else f"{request.index + 1}"
-        begin = " ".join(request.prompt[:200].split())
-        print(_dim(f"== {number}: {begin[:60]}{'…' if len(begin) > 60 else ''}"))
-        print(f"{completion.text}\n", flush=True)
-
-
-def _dim(text: str) -> str:
-    """`text` in faint letters where a terminal shows them and the user has not said NO_COLOR."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
-    return text if plain else f"\033[2m{text}\033[0m"
-
-
-def _warn(line: str) -> None:
-    print(f"infer: warning: {line}", file=sys.stderr)
+        begin = " ".join(request.prompt.row["prompt"][:200].split())
+        print(faint(safe(f"== {number}: {begin[:60]}{'…' if len(begin) > 60 else ''}")))
+        print(f"{safe(completion.text)}\n", flush=True)
 
 
 class _Clock:

@@ -1,9 +1,9 @@
 """Decoding: prompts to tokens, and tokens to text.
 
 decode      prefill and step, compiled; token ids only
-completion  text as it is made, up to the end of the text or a stop string
+completion  text as it is made, up to a token or a string that ends it
 stop        stop strings in text that arrives in pieces
-checkpoint  an engine and its tokenizer from a checkpoint
+checkpoint  an engine from a model on disk
 """
 
 from qwen_jax.engine.checkpoint import load

@@ -1,4 +1,4 @@
-"""A model and its tokenizer, ready to decode."""
+"""A model, ready to decode."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from qwen_jax.weights.source import NativeCheckpoint, PublishedFolder
 
 
 def load(
-    model: PublishedFolder | NativeCheckpoint, *, mesh: Mesh, dtype: DType | None = None
-) -> tuple[Engine, Tokenizer]:
-    """The engine and the tokenizer of a model.
+    model: PublishedFolder | NativeCheckpoint, tokenizer: Tokenizer, *, mesh: Mesh, dtype: DType | None = None
+) -> Engine:
+    """The engine of a model.
 
     Args:
       model: from `weights.source.open_model`.
+      tokenizer: the model's own, `model.tokenizer()`, which prompts are encoded with.
       mesh: the devices to run on.
       dtype: type of parameters and computation; None for the one the model was trained to compute in.
 
@@ -29,7 +30,6 @@ def load(
     """
     if model.config.score:
         raise ModelError(f"{model.path} is a reward or classification model: it gives scores, not text")
-    tokenizer = model.tokenizer()
     try:
         tokenizer.check_fits(model.config.vocab_size)
     except ModelError as error:
@@ -39,4 +39,4 @@ def load(
         # Once, here: a step that cast its weights or cut them from a stack would spend most of its time on that.
         params = load_params(model, dtype=dtype, stacked=False)
     config = dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype)
-    return Engine(config, params, num_tokens=tokenizer.num_tokens, mesh=mesh), tokenizer
+    return Engine(config, params, num_tokens=tokenizer.num_tokens, mesh=mesh)

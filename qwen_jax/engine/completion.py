@@ -1,8 +1,8 @@
-"""Text from prompts: the engine's tokens, decoded as they come, up to the end of the text or a stop string."""
+"""Text from prompts: the engine's tokens, decoded as they come, up to a token or a string that ends it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 from qwen_jax.engine.decode import Engine
@@ -18,16 +18,17 @@ class Completion:
 
     Attributes:
       text: the completion so far, without the stop string.
-      num_tokens: tokens made so far, with those of the stop string or the <|endoftext|> that ended it.
-      finish_reason: None while it grows; then "stop" at <|endoftext|> or a stop string, "length" at the token
-        limit, "interrupted" when the user stopped it.
+      num_tokens: tokens made so far, with those of the stop string or the stop token that ended it.
+      finish_reason: None while it grows; then "stop" at a stop token or a stop string, "length" at the token limit,
+        "interrupted" when the user stopped it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Collection[int], stops: Sequence[str]) -> None:
+        """`stop_ids` are the tokens, `stops` the strings that end the text; neither is part of it."""
         self.text = ""
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
-        self._end_of_text = tokenizer.end_of_text
+        self._stop_ids = stop_ids
         self._characters = tokenizer.stream()
         self._stops = StopStrings(stops)
 
@@ -36,7 +37,7 @@ class Completion:
         if self.finish_reason:
             return ""
         self.num_tokens += 1
-        if token == self._end_of_text:
+        if token in self._stop_ids:
             return self.end("stop")
         piece = self._stops.push(self._characters.push(token))
         self.text += piece

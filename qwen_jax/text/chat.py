@@ -91,9 +91,9 @@ def encode(tokenizer: Tokenizer, pieces: Sequence[Piece], *, trust_contents: boo
     mask: list[bool] = []
     position = 0
     for start, end in [*_control_spans(tokenizer, text, trusted), (len(text), len(text))]:
-        run, spans = tokenizer.encode_with_offsets(text[position:start])
+        run, flags = _encode_run(tokenizer, text[position:start], trained[position:start])
         ids += run
-        mask += [1 in trained[position + first : position + last] for first, last in spans]
+        mask += flags
         if start < end:
             ids.append(tokenizer.control[text[start:end]])
             mask.append(1 in trained[start:end])
@@ -162,19 +162,16 @@ class Format:
 
     def _check(self, chat: list[Message], tools: Sequence[Mapping[str, Any]] | None) -> None:
         """A DataError for what this format would have to leave out."""
+        way_out = "text.tools.react_messages makes plain text of it"
         for index, message in enumerate(chat):
             if not self.tools and (message.calls or message.role == "tool"):
-                raise DataError(
-                    f"messages[{index}] is of a tool, which format {self.name} cannot write; see text.tools"
-                )
+                raise DataError(f"format {self.name} cannot write messages[{index}], a tool's; {way_out}")
             if not self.thinks and message.reasoning:
-                raise DataError(
-                    f"messages[{index}].reasoning_content: format {self.name} has no thoughts; leave it out"
-                )
+                raise DataError(f"format {self.name} cannot write messages[{index}].reasoning_content; leave it out")
         if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence | None):
             raise DataError(f"tools is a {type(tools).__name__}; want a list of function schemas")
         if tools and not self.tools:
-            raise DataError(f"tools were given and format {self.name} cannot write them; see text.tools")
+            raise DataError(f"format {self.name} cannot write tools; {way_out}")
         for index, tool in enumerate(tools or ()):
             if not isinstance(tool, Mapping):
                 raise DataError(f"tools[{index}] is a {type(tool).__name__}; want the schema of a function, an object")
@@ -268,7 +265,7 @@ _TEMPLATES = {
 def format_of_template(template: str) -> Format | None:
     """The format that writes what this Jinja template writes; None for a template that is not known."""
     text = template.replace("\r\n", "\n").removesuffix("\n")
-    name = _TEMPLATES.get(hashlib.sha256(text.encode()).hexdigest())
+    name = _TEMPLATES.get(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
     return None if name is None else FORMATS[name]
 
 
@@ -314,6 +311,15 @@ def _last_question(chat: list[Message]) -> int:
         if chat[index].role == "user" and not result:
             return index
     return len(chat) - 1
+
+
+def _encode_run(tokenizer: Tokenizer, text: str, trained: bytes) -> tuple[list[int], list[bool]]:
+    """Ids and mask of text between control tokens; offsets, which cost time, matter only where both kinds meet."""
+    if 0 in trained and 1 in trained:
+        ids, spans = tokenizer.encode_with_offsets(text)
+        return ids, [1 in trained[start:end] for start, end in spans]
+    ids = tokenizer.encode(text)
+    return ids, [1 in trained] * len(ids)
 
 
 def _control_spans(tokenizer: Tokenizer, text: str, trusted: bytes) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from qwen_jax.errors import ConfigError, DataError, ModelError
 from qwen_jax.text.chat import Format, Piece, format_of_template
 
 _CHILD = Path(__file__).with_name("template_child.py")
-# The child limits its computing to 2 s; this is for a child that waits, on a machine that may be busy.
+# The child limits its computing to 1 s; this is for a child that waits, on a machine that may be busy.
 _WALL_SECONDS = 10
 _JINJA = (3, 1, 6)  # earlier sandboxes have known escapes
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -97,7 +97,12 @@ class JinjaFormat:
             options["enable_thinking"] = enable_thinking
         chat = {"messages": list(messages), "tools": list(tools) if tools else None}
         marks = _marks(self.control)
-        (text, spans), (marked, _) = _run(self.source, [chat | options, _marked(chat, marks) | options])
+        try:
+            contexts = [chat | options, _marked(chat, marks) | options]
+            request = json.dumps({"source": self.source, "contexts": contexts}, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DataError(f"messages or tools cannot be written as JSON: {error}") from error
+        (text, spans), (marked, _) = _run(request)
         if marked.translate({mark: character for character, mark in marks.items()}) != text:
             characters = " ".join(map(chr, marks))
             raise DataError(
@@ -136,21 +141,17 @@ def _marks(control: Collection[str]) -> dict[int, int]:
 
 
 def _marked(value: Any, marks: Mapping[int, int]) -> Any:
-    """`value` with every string of it marked, but for roles and types, which templates choose by."""
+    """`value` with every string in it marked."""
     if isinstance(value, str):
         return value.translate(marks)
     if isinstance(value, Mapping):
-        return {
-            _marked(key, marks): part if key in ("role", "type") and isinstance(part, str) else _marked(part, marks)
-            for key, part in value.items()
-        }
+        return {_marked(key, marks): _marked(part, marks) for key, part in value.items()}
     return [_marked(part, marks) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _run(source: str, contexts: list[dict[str, Any]]) -> list[tuple[str, list[list[int]]]]:
-    """Text and generated spans for each context, from a child that has no environment."""
+def _run(request: str) -> list[tuple[str, list[list[int]]]]:
+    """Text and generated spans for each context of the request, from a child that has no environment."""
     _check_jinja()
-    request = json.dumps({"source": source, "contexts": contexts}, allow_nan=False)
     try:
         child = subprocess.run(
             [sys.executable, "-P", str(_CHILD)],
@@ -163,7 +164,7 @@ def _run(source: str, contexts: list[dict[str, Any]]) -> list[tuple[str, list[li
     except subprocess.TimeoutExpired:
         raise ModelError(f"the chat template was stopped after {_WALL_SECONDS} s") from None
     if child.returncode < 0:
-        raise ModelError("the chat template was stopped: it needs more than 2 s, or more memory than a chat takes")
+        raise ModelError("the chat template was stopped: it needs more than 1 s, or more memory than a chat takes")
     if child.returncode:
         raise ModelError(f"the chat template's process failed: {_line(child.stderr[-_LINE:])}")
     answer = json.loads(child.stdout)

@@ -19,7 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY_BYTES = 512 << 20
-CPU_SECONDS = 2
+CPU_SECONDS = 1
 MAX_CHARACTERS = 4 << 20
 
 

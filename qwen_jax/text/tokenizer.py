@@ -13,7 +13,7 @@ import codecs
 import hashlib
 import json
 import re
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
@@ -34,6 +34,8 @@ _PROBE = "Ab é你🙂  \t\r\n x"
 # The library needs some 120 bytes per character while it encodes, so it gets no more at once than _BATCH.
 _BATCH = 1_000_000
 _PART = 100_000
+# The library aborts after ten million steps back in one match; a run of spaces takes one per character.
+MAX_PART = 6_000_000
 # No piece of PIECES has a newline before a character that is not white space, or such a character before a space, and
 # none looks further: text can be cut there.
 _CUT = re.compile(r"\n(?=\S)|\S(?= )")
@@ -149,13 +151,16 @@ class Tokenizer:
         Spans leave no character out. They overlap where one character, or a letter and its marks that NFC makes
         one, becomes several tokens: each of these has the span of the whole.
         """
-        ids, spans = [], []
-        for _, start, encoding in self._encodings([text], self._encoder.encode_batch):
+        ids, starts, ends = [], [], []
+        for _, part, encoding in self._encodings([text], self._encoder.encode_batch):
             ids += encoding.ids
-            spans += [(start + a, start + b) for a, b in encoding.offsets]
-        # NFC joins characters into the first of them, and the library leaves the others out of its spans.
-        starts = [*sorted({start for start, _ in spans}), len(text)]
-        return ids, [(start, starts[bisect_left(starts, end)]) for start, end in spans]
+            starts += [part + start for start, _ in encoding.offsets]
+            ends += [part + end for _, end in encoding.offsets]
+        # NFC joins characters into the first of them, and the library leaves the others out of its spans: a span goes
+        # on to the start of the first token that reaches further.
+        starts.append(len(text))
+        further = [starts[bisect_right(ends, end)] for end in ends]
+        return ids, [(start, max(end, later)) for start, end, later in zip(starts, ends, further, strict=False)]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`, without special tokens unless asked; bytes that are not UTF-8 become U+FFFD."""
@@ -176,6 +181,11 @@ class Tokenizer:
         """What the library's `encode` makes of each part of `texts`: index of the text, start of the part, result."""
         for batch in _batches((index, *part) for index, text in enumerate(texts) for part in self._parts(text)):
             parts = [part for _, _, part in batch]
+            if (longest := max(map(len, parts))) > MAX_PART:
+                raise DataError(
+                    f"{longest:,} characters of the text come without a space or line break that ends a word; "
+                    f"at most {MAX_PART:,} can be encoded: break them up"
+                )
             try:
                 encodings = encode(parts, add_special_tokens=False)
             except TypeError:
@@ -270,6 +280,7 @@ def _added(tokens: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         if type(index) is not int or not content or content in added:
             raise ModelError(f"added token {content!r} with id {index!r} is empty, comes twice or has no integer id")
         for flag in ADDED_TOKEN_FLAGS:
+            # `normalized` changes nothing but whether a mark right after the token, which NFC joins to it, hides it.
             allowed = (False, True) if flag in ("normalized", "special") else (False,)
             if (value := token.get(flag, False)) not in allowed:
                 raise ModelError(f"added token {content!r} has {flag}={value!r}; only {allowed} is read")
@@ -289,8 +300,10 @@ def _pieces(vocab: dict[str, int], added: dict[str, dict[str, Any]]) -> list[byt
             raise ModelError(f"token {token!r} is not written in the byte-level alphabet") from None
     for content, token in added.items():
         index = token["id"]
-        if vocab.get(content, index) != index or (content not in vocab and index in pieces):
-            raise ModelError(f"added token {content!r} has id {index}, which another token has, or it has another id")
+        if vocab.get(content, index) != index:
+            raise ModelError(f"added token {content!r} has id {index}, and {vocab[content]} in the vocabulary")
+        if content not in vocab and index in pieces:
+            raise ModelError(f"added token {content!r} has id {index}, which another token has")
         pieces[index] = content.encode()
     if pieces.keys() != set(range(len(pieces))):
         raise ModelError(f"{len(pieces)} tokens have ids up to {max(pieces)}; ids must be 0..n-1 without a gap")

@@ -105,11 +105,13 @@ def react_prompt(query: str, tools: Sequence[Mapping[str, Any]]) -> str:
     """
     names, texts = [], []
     for index, tool in enumerate(tools):
-        record = tool.get("function", tool)
+        record = tool.get("function", tool) if isinstance(tool, Mapping) else tool
+        if not (isinstance(record, Mapping) and "parameters" in record):
+            raise DataError(f"tools[{index}] has no parameters; want the schema of a function")
         name = record.get("name_for_model", record.get("name"))
-        if not isinstance(name, str) or "parameters" not in record:
-            raise DataError(f"tools[{index}] has no name or no parameters; want the schema of a function")
-        if (arguments := record.get("args_format", "json")) not in _HINTS:
+        if not isinstance(name, str):
+            raise DataError(f"tools[{index}].name is {name!r}; want a string")
+        if (arguments := record.get("args_format", "json")) not in list(_HINTS):
             raise DataError(f"tools[{index}].args_format is {arguments!r}; want one of {', '.join(_HINTS)}")
         text = _REACT_TOOL.format(
             model_name=name,
@@ -126,8 +128,8 @@ def react_prompt(query: str, tools: Sequence[Mapping[str, Any]]) -> str:
 def react_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The chat with tools as Qwen1 reads it: system, user and assistant messages of plain text.
 
-    The last user message gets the tools; calls and results become the text of one assistant message. After a result this
-    ends in "Thought:", for the model to go on (`continue_final_message`); generation stops at `REACT_STOPS`.
+    The last user message gets the tools; calls and results become the text of one assistant message. After a result
+    this ends in "Thought:", for the model to go on (`continue_final_message`); generation stops at `REACT_STOPS`.
     """
     chat = read_messages(messages)
     plain: list[dict[str, Any]] = []
@@ -181,6 +183,8 @@ def _parse(parts: list[str], thinks: bool) -> Answer:
         reasoning, parts = "".join(parts[:end]), [parts[end + 1].lstrip("\n"), *parts[end + 2 :]]
     elif thinks and parts[1:2] == ["<think>"] and not parts[0].strip():
         reasoning, parts = "".join(parts), [""]
+    if reasoning is not None:
+        reasoning = reasoning.strip("\n").removeprefix("<think>").strip("\n")
     content, calls, malformed = parts[0], [], []
     position = 1
     while position < len(parts):
@@ -209,12 +213,17 @@ def _hermes_call(text: str) -> Call:
 
 
 def _react_answer(message: Message, content: str, index: int) -> str:
+    if message.reasoning or not message.trained:
+        raise DataError(
+            f"messages[{index}]: Qwen1's prompt for tools has no place for reasoning_content, train or weight"
+        )
     if not message.calls:
         return f"Thought: I now know the final answer.\nFinal Answer: {content}"
-    if len(message.calls) > 1:
+    call, *others = message.calls
+    if others:
         raise DataError(f"messages[{index}].tool_calls has {len(message.calls)} calls; Qwen1 makes one at a time")
     thought = content if content.startswith("Thought:") else f"Thought: {content}"
-    return f"{thought}\nAction: {message.calls[0].name}\nAction Input: {message.calls[0].arguments}"
+    return f"{thought}\nAction: {call.name}\nAction Input: {call.arguments}"
 
 
 def _thought(text: str) -> str:

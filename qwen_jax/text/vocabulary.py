@@ -24,7 +24,7 @@ PIECES = (
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-MAX_BYTES = 100_000_000  # of a file; the largest published tokenizer.json has 11 million
+MAX_BYTES = 50_000_000  # of a file; the largest published tokenizer.json has 11 million
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 _SPLIT = {"type": "Split", "pattern": {"Regex": PIECES}, "behavior": "Isolated", "invert": False}

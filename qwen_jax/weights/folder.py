@@ -45,7 +45,7 @@ class Tensors:
     """All tensors of a folder (see TensorFile), open until close(). Made by open_folder().
 
     Attributes:
-      shards: file name -> the open file, in the order of the index; each has `tensors` and `metadata`.
+      shards: file name -> the open file, in the order of the index.
       weight_map: tensor -> file name, in the order of the index.
       tensors: tensor -> TensorInfo, file by file.
       layout: what SafetensorsWriter needs to write the same files again, as JSON values:
@@ -58,7 +58,6 @@ class Tensors:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {name: info for shard in shards.values() for name, info in shard.tensors.items()}
         )
-
         self.layout: dict[str, dict[str, Any]] | None = {
             name: {"metadata": shard.metadata, "tensors": list(shard.tensors)}
             for name, shard in shards.items()
@@ -108,9 +107,7 @@ def open_folder(folder: Path, *, allow_pickle_format: bool) -> Tensors:
             f"{folder / name} is in PyTorch's pickle format: use weights in safetensors, or pass --allow-pickle-format"
         )
     if name != kind.index:
-        with contextlib.ExitStack() as stack:
-            shard = stack.enter_context(kind.open(_inside(folder, name)))
-            stack.pop_all()
+        shard = kind.open(_inside(folder, name))
         return Tensors(shards={name: shard}, weight_map=dict.fromkeys(shard.tensors, name))
     return _open_index(folder, kind)
 
@@ -132,14 +129,12 @@ def _choose(folder: Path, names: set[str]) -> tuple[_Format, str]:
 
 def _open_index(folder: Path, kind: _Format) -> Tensors:
     weight_map = _read_weight_map(_inside(folder, kind.index), kind)
-    for name, shard in weight_map.items():
+    holds = {shard: name for name, shard in weight_map.items()}  # one tensor of each file
+    for shard, name in holds.items():
         if not (folder / shard).exists():
             raise ModelError(f"{folder / shard} is missing, and {kind.index} says that it holds {quoted(name)}")
     with contextlib.ExitStack() as stack:
-        shards = {
-            shard: stack.enter_context(kind.open(_inside(folder, shard)))
-            for shard in dict.fromkeys(weight_map.values())
-        }
+        shards = {shard: stack.enter_context(kind.open(_inside(folder, shard))) for shard in holds}
         _check_agreement(weight_map, shards, kind.index)
         stack.pop_all()
     return Tensors(shards=shards, weight_map=weight_map)

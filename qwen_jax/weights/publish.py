@@ -30,7 +30,9 @@ def side_files(model: Model, dtypes: Mapping[str, np.dtype]) -> dict[str, bytes]
     files = model.side_files()
     old = {name: strict_json.loads(contents) for name, contents in files.items() if name.endswith("_config.json")}
     stored = strict_json.loads(files["config.json"]) if "config.json" in files else None
-    config = dataclasses.replace(model.config, param_dtype=_param_dtype(dtypes))
+    config = model.config
+    if any(dtypes[tensor.name] != model.dtype(tensor) for tensor in model.table):
+        config = dataclasses.replace(config, param_dtype=_param_dtype(dtypes))
     new = old | {"config.json": hf_config.to_hf(config, model.model_type, keep=stored)}
     if stored is None or model.chat:
         new |= _endings(model, new)

@@ -9,7 +9,6 @@ A header comes from strangers, so nothing in it is believed before it is checked
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -63,7 +62,7 @@ class SafetensorsFile(RegularFile):
         super().__init__(path)
         try:
             header, data_start = self._read_header()
-            self.metadata = _checked_metadata(header.pop(METADATA, None))
+            self.metadata = _checked_metadata(header.pop(METADATA)) if METADATA in header else None
             parsed = {name: _checked_entry(name, entry) for name, entry in header.items()}
             _check_offsets({name: offsets for name, (_, offsets) in parsed.items()}, self.size - data_start)
         except ValueError as error:
@@ -102,12 +101,12 @@ class SafetensorsWriter:
       tensors: name -> type of all that will be written.
       metadata: what the file says about itself; {"format": "pt"} lets transformers load it.
 
-    Raises FileError if the system refuses, for example because the disk is full or another process writes this file.
+    Raises FileError if the system refuses, for example because the disk is full.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> None:
         self.path = path
-        self._partial = path.with_name(f".{path.name}.partial")
+        self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._tensors = dict(tensors)
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in tensors}  # rows: first, last + 1
         entries: dict[str, Any] = {} if metadata is None else {METADATA: dict(metadata)}
@@ -118,19 +117,13 @@ class SafetensorsWriter:
         header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
         header += b" " * (-len(header) % 8)
         self._header = len(header).to_bytes(8, "little") + header
-        self._data_size = begin
         self._offsets = {name: len(self._header) + entries[name]["data_offsets"][0] for name in tensors}
 
     def __enter__(self) -> Self:
         try:
-            self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
+            self._descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         except OSError as error:
             raise self._refused(error) from error
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._descriptor)
-            raise FileError(f"{self.path} is being written by another process: wait for it or end it") from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -138,9 +131,8 @@ class SafetensorsWriter:
             if kind is None:
                 self._finish()
         finally:
-            # The lock is held until close: while the partial file has its name, no other process can have opened it.
-            self._partial.unlink(missing_ok=True)
             os.close(self._descriptor)
+            self._partial.unlink(missing_ok=True)  # it has another name by now if all went well
 
     def write(self, name: str, array: np.ndarray, *, start: int = 0) -> None:
         """Writes rows [start, start + len(array)) of the first axis of a tensor; a scalar is written whole.
@@ -148,7 +140,7 @@ class SafetensorsWriter:
         Raises ValueError if the array does not fit the tensor, FileError if the disk is full.
         """
         info = self._tensors[name]
-        rows = (start, start + len(array)) if info.shape else (0, 1)
+        rows = (start, start + (len(array) if array.ndim else 1))
         if array.dtype != info.dtype or array.shape[1:] != info.shape[1:] or array.ndim != len(info.shape):
             raise ValueError(f"{name} is {info.dtype}{list(info.shape)}, not {array.dtype}{list(array.shape)}")
         if not 0 <= rows[0] <= rows[1] <= _num_rows(info):
@@ -160,16 +152,12 @@ class SafetensorsWriter:
 
     def _finish(self) -> None:
         for name, info in self._tensors.items():
-            position = 0
-            for first, last in sorted(self._written[name]):
-                if first != position:
-                    break
-                position = last
-            if info.nbytes and (position != _num_rows(info) or position != sum(b - a for a, b in self._written[name])):
+            rows = sorted(self._written[name])
+            starts, ends = [*(first for first, _ in rows), _num_rows(info)], [0, *(last for _, last in rows)]
+            if info.nbytes and starts != ends:  # a gap or an overlap
                 raise ValueError(f"{self.path}: the rows of {name} were not each written once")
         self._write_bytes(memoryview(self._header), 0)
         try:
-            os.ftruncate(self._descriptor, len(self._header) + self._data_size)  # what a killed writer left behind it
             os.fsync(self._descriptor)
             self._partial.replace(self.path)
             sync(self.path.parent)
@@ -198,9 +186,7 @@ def _num_rows(info: TensorInfo) -> int:
     return info.shape[0] if info.shape else 1
 
 
-def _checked_metadata(metadata: Any) -> dict[str, str] | None:
-    if metadata is None:
-        return None
+def _checked_metadata(metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{METADATA} is not an object of strings")
     return metadata

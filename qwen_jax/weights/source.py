@@ -20,8 +20,7 @@ from qwen_jax.errors import FileError, ModelError
 from qwen_jax.text import Tokenizer
 from qwen_jax.weights import hf, hf_config, hub, manifest, strict_json
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
-from qwen_jax.weights.folder import Tensors, open_folder
-from qwen_jax.weights.safetensors import SafetensorsFile
+from qwen_jax.weights.folder import open_folder
 from qwen_jax.weights.stored import StoredArrays
 
 INDEX = "model.safetensors.index.json"
@@ -140,7 +139,7 @@ class PublishedFolder(Model):
         for name, same in second.items():
             self._check_equal(name, same)
         self.chat = False
-        self.layout = _layout(self.files)
+        self.layout = self.files.layout
         if len(shapes) != len(self.table) + len(second):
             self.layout = None  # a file of ours would lack the buffers that are in these
 
@@ -167,15 +166,6 @@ class PublishedFolder(Model):
                     f"{self.path}: config.json ties the head to the embedding, and {name} differs from {same}; "
                     f'set "tie_word_embeddings" to false, or remove {name}'
                 )
-
-
-def _layout(files: Tensors) -> dict[str, Any] | None:
-    """Which safetensors file holds what, in its order."""
-    if not all(isinstance(shard, SafetensorsFile) for shard in files.shards.values()):
-        return None
-    return {
-        name: {"metadata": dict(shard.metadata), "tensors": list(shard.tensors)} for name, shard in files.shards.items()
-    }
 
 
 class NativeCheckpoint(Model):
@@ -220,7 +210,8 @@ def open_model(
     Raises FileError if there is nothing of that name, ModelError if it cannot be used.
     """
     path = Path(reference).expanduser()
-    if not path.exists() and hub.is_name(str(reference)):
+    # "runs/mine" reads as a name too; where there is a folder "runs", it is a run that is not there.
+    if not path.exists() and not path.parent.is_dir() and hub.is_name(str(reference)):
         path = hub.download(str(reference), allow_pickle_format=allow_pickle_format)
     if (path / "config.json").is_file() and not (path / manifest.FILE_NAME).exists():
         return PublishedFolder(path.absolute(), allow_pickle_format=allow_pickle_format)

@@ -71,7 +71,7 @@ class ArrayWriter:
     def write(self, path: str, index: tuple[slice, ...], values: np.ndarray) -> None:
         """Puts a slice of the array at `path` on the disk. Raises FileError if there is no room."""
         try:
-            self._open[path][index].write(values).result()
+            self._open[path][index].write(values, can_reference_source_data_indefinitely=True).result()
         except ValueError as error:
             raise FileError(f"{path} cannot be written: {str(error).splitlines()[0][:200]}") from error
 
@@ -87,4 +87,5 @@ def _spec(path: Path, shape: tuple[int, ...], dtype: np.dtype, chunk: tuple[int,
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         },
         "store_data_equal_to_fill_value": True,
+        "context": {"file_io_sync": False},  # whoever seals the folder syncs each file, once
     }

@@ -57,6 +57,7 @@ class TorchFile(RegularFile):
         start = self._starts[tensor.storage] + tensor.offset * dtype.itemsize
         if _is_row_major(tensor):
             return self.read_array(start, tensor.info, index)
+        # Another order of the axes is rare in published files, so all that the tensor spans is read for any part of it.
         last = sum((size - 1) * stride for size, stride in zip(tensor.info.shape, tensor.strides, strict=True))
         span = self.read_array(start, TensorInfo(shape=(last + 1,), dtype=dtype))
         strides = [stride * dtype.itemsize for stride in tensor.strides]

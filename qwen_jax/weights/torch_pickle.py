@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import math
 import pickletools
+import struct
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +22,8 @@ import numpy as np
 
 from qwen_jax.weights.tensors import TensorInfo, quoted
 
-MAX_OPCODES = 400_000  # 10,000 tensors; refused in well under a second
+MAX_OPCODES = 250_000  # 7,000 tensors; a published file has some hundreds
+MAX_NAME_BYTES = 200  # of a module and a name in it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,13 +50,13 @@ def parse_state(data: bytes) -> dict[str, StoredTensor]:
     machine = _Machine()
     try:
         state = machine.run(data)
-    except (IndexError, KeyError):  # the stack is empty, or nothing has been kept under that number
+    except (IndexError, KeyError, struct.error):  # no such value on the stack or in the memo, or the pickle is cut
         raise ValueError("its pickle is malformed") from None
     if not isinstance(state, dict):
-        raise ValueError(f"it holds a {type(state).__name__}, not a dictionary of tensors")
+        raise ValueError(f"it holds a value of type {type(state).__name__}, not a dictionary of tensors")
     for name, value in state.items():
         if not isinstance(value, StoredTensor):
-            raise ValueError(f"{quoted(name)} is a {type(value).__name__}, not a tensor")
+            raise ValueError(f"{quoted(name)} is of type {type(value).__name__}, not a tensor")
     return state
 
 
@@ -74,16 +76,17 @@ class _Machine:
 
     def run(self, data: bytes) -> Any:
         """What the pickle leaves on the stack."""
-        for count, (opcode, argument, position) in enumerate(pickletools.genops(data)):
-            if count == MAX_OPCODES:
-                raise ValueError(f"its pickle has over {MAX_OPCODES} opcodes")
-            if opcode.name == "STOP" and position == len(data) - 1 and not self._outer and len(self._stack) == 1:
+        position = 0
+        for _ in range(MAX_OPCODES):
+            code = data[position : position + 1]
+            if code == b"." and position == len(data) - 1 and not self._outer and len(self._stack) == 1:
                 return self._stack.pop()
-            step = _STEPS.get(opcode.name)
-            if step is None:
-                raise ValueError(f"its pickle has the opcode {opcode.name} at byte {position}, where none is expected")
+            if code not in _OPCODES:
+                raise ValueError(f"its pickle has {_described(code)} at byte {position}, where none is expected")
+            read, step = _OPCODES[code]
+            argument, position = read(data, position + 1)
             step(self, argument)
-        raise ValueError("its pickle does not end")
+        raise ValueError(f"its pickle has over {MAX_OPCODES} opcodes")
 
     def protocol(self, version: int) -> None:
         if version != 2:
@@ -155,15 +158,14 @@ class _Machine:
         target = _checked(self._stack[-1], dict)
         for key, value in zip(keys, values, strict=True):
             if type(key) is not str:
-                raise ValueError(f"it has a name that is a {type(key).__name__}, not text")
-            key.encode("utf-8")  # a ValueError for half a surrogate pair
+                raise ValueError(f"it has a name of type {type(key).__name__}, not text")
             target[key] = value
 
 
 def _checked(value: Any, kind: type, *, length: int | None = None) -> Any:
     """`value`, if it is a `kind`; a bool is no int."""
     if not isinstance(value, kind) or type(value) is bool:
-        raise ValueError(f"its pickle has a {type(value).__name__} where a {kind.__name__} is expected")
+        raise ValueError(f"its pickle has type {type(value).__name__} where type {kind.__name__} is expected")
     if length is not None and len(value) != length:
         raise ValueError(f"its pickle has {len(value)} values where {length} are expected")
     return value
@@ -194,7 +196,46 @@ def _rebuild_parameter(tensor: Any, requires_grad: Any, hooks: Any) -> StoredTen
     return _checked(tensor, StoredTensor)
 
 
-# As pickletools prints them: module and name.
+def _described(code: bytes) -> str:
+    names = {opcode.code.encode("latin-1"): opcode.name for opcode in pickletools.opcodes}
+    return f"the opcode {names[code]}" if code in names else f"the bytes {code}"
+
+
+def _nothing(data: bytes, position: int) -> tuple[None, int]:
+    return None, position
+
+
+def _number(layout: str) -> Callable[[bytes, int], tuple[Any, int]]:
+    number = struct.Struct(layout)
+    return lambda data, position: (number.unpack_from(data, position)[0], position + number.size)
+
+
+def _long(data: bytes, position: int) -> tuple[int, int]:
+    digits, end = _counted(data, position + 1, data[position])
+    return int.from_bytes(digits, "little", signed=True), end
+
+
+def _text(data: bytes, position: int) -> tuple[str, int]:
+    text, end = _counted(data, position + 4, int.from_bytes(data[position : position + 4], "little"))
+    return text.decode("utf-8"), end
+
+
+def _counted(data: bytes, position: int, count: int) -> tuple[bytes, int]:
+    if position + count > len(data):
+        raise ValueError(f"its pickle is cut in the argument at byte {position}")
+    return data[position : position + count], position + count
+
+
+def _two_lines(data: bytes, position: int) -> tuple[str, int]:
+    """Module and name, with a space between."""
+    lines = data[position : position + MAX_NAME_BYTES].split(b"\n", 2)
+    if len(lines) < 3:
+        raise ValueError(f"its pickle has a name without an end at byte {position}")
+    module, name, _ = lines
+    return f"{module.decode('utf-8')} {name.decode('utf-8')}", position + len(module) + len(name) + 2
+
+
+# Module and name.
 _GLOBALS: Mapping[str, _Function | np.dtype] = MappingProxyType(
     {
         "collections OrderedDict": _Function(call=collections.OrderedDict, num_arguments=0),
@@ -212,37 +253,39 @@ _GLOBALS: Mapping[str, _Function | np.dtype] = MappingProxyType(
         "torch BoolStorage": np.dtype(np.bool_),
     }
 )
-_STEPS: Mapping[str, Callable[[_Machine, Any], None]] = MappingProxyType(
-    {
-        "PROTO": _Machine.protocol,
-        "MARK": _Machine.mark,
-        "NONE": _Machine.push,
-        "NEWTRUE": lambda machine, _: machine.push(True),
-        "NEWFALSE": lambda machine, _: machine.push(False),
-        "BININT": _Machine.push,
-        "BININT1": _Machine.push,
-        "BININT2": _Machine.push,
-        "LONG1": _Machine.push,
-        "BINFLOAT": _Machine.push,
-        "BINUNICODE": _Machine.push,
-        "EMPTY_TUPLE": lambda machine, _: machine.push(()),
-        "EMPTY_LIST": lambda machine, _: machine.push([]),
-        "EMPTY_DICT": lambda machine, _: machine.push({}),
-        "TUPLE": _Machine.collect,
-        "TUPLE1": lambda machine, _: machine.collect_last(1),
-        "TUPLE2": lambda machine, _: machine.collect_last(2),
-        "TUPLE3": lambda machine, _: machine.collect_last(3),
-        "APPEND": _Machine.append,
-        "APPENDS": _Machine.appends,
-        "SETITEM": _Machine.set_item,
-        "SETITEMS": _Machine.set_items,
-        "BINPUT": _Machine.put,
-        "LONG_BINPUT": _Machine.put,
-        "BINGET": _Machine.get,
-        "LONG_BINGET": _Machine.get,
-        "GLOBAL": _Machine.mention,
-        "REDUCE": _Machine.reduce,
-        "BUILD": _Machine.build,
-        "BINPERSID": _Machine.refer,
-    }
+_OPCODES: Mapping[bytes, tuple[Callable[[bytes, int], tuple[Any, int]], Callable[[_Machine, Any], None]]] = (
+    MappingProxyType(
+        {
+            b"\x80": (_number("<B"), _Machine.protocol),
+            b"(": (_nothing, _Machine.mark),
+            b"N": (_nothing, _Machine.push),
+            b"\x88": (_nothing, lambda machine, _: machine.push(True)),
+            b"\x89": (_nothing, lambda machine, _: machine.push(False)),
+            b"J": (_number("<i"), _Machine.push),
+            b"K": (_number("<B"), _Machine.push),
+            b"M": (_number("<H"), _Machine.push),
+            b"\x8a": (_long, _Machine.push),
+            b"G": (_number(">d"), _Machine.push),
+            b"X": (_text, _Machine.push),
+            b")": (_nothing, lambda machine, _: machine.push(())),
+            b"]": (_nothing, lambda machine, _: machine.push([])),
+            b"}": (_nothing, lambda machine, _: machine.push({})),
+            b"t": (_nothing, _Machine.collect),
+            b"\x85": (_nothing, lambda machine, _: machine.collect_last(1)),
+            b"\x86": (_nothing, lambda machine, _: machine.collect_last(2)),
+            b"\x87": (_nothing, lambda machine, _: machine.collect_last(3)),
+            b"a": (_nothing, _Machine.append),
+            b"e": (_nothing, _Machine.appends),
+            b"s": (_nothing, _Machine.set_item),
+            b"u": (_nothing, _Machine.set_items),
+            b"q": (_number("<B"), _Machine.put),
+            b"r": (_number("<I"), _Machine.put),
+            b"h": (_number("<B"), _Machine.get),
+            b"j": (_number("<I"), _Machine.get),
+            b"c": (_two_lines, _Machine.mention),
+            b"R": (_nothing, _Machine.reduce),
+            b"b": (_nothing, _Machine.build),
+            b"Q": (_nothing, _Machine.refer),
+        }
+    )
 )

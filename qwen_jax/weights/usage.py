@@ -52,6 +52,7 @@ _NOT_HONOURED = {
     "min_new_tokens": 0,
     "max_time": None,
     "stop_strings": [],
+    "stop_words_ids": [[151643]],  # Qwen1's <|endoftext|>, its eos_token_id as well
     "token_healing": False,
     "watermarking_config": None,
 }
@@ -59,7 +60,8 @@ _NOT_HONOURED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Usage:
-    """
+    """Sampling, endings and chats of a model as its files have them.
+
     Attributes:
       defaults: fields of `Sampling` that generation_config.json sets, as `generate()` of transformers 5 reads them:
         without do_sample the temperature is 0, and a top_k that is not given is 50. Empty without the file.

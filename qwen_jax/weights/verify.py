@@ -10,10 +10,12 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -37,43 +39,45 @@ class Entry:
 
 
 Certificate = Mapping[str, Entry]
+T = TypeVar("T")
 
 
-def transfer(
+def certify(
     model: Model,
     *,
-    dtype: Callable[[hf.Tensor], np.dtype],
-    write: Callable[[Piece, np.ndarray], None] = lambda piece, values: None,
     advance: Callable[[int], None] = lambda count: None,
+    check: Callable[[Piece, np.ndarray], None] = lambda piece, values: None,
 ) -> Certificate:
-    """Reads every tensor of a model, piece by piece, and returns the certificate of what it gave to `write`.
+    """The certificate of a model as it is stored.
 
     Args:
-      model: read from several threads.
-      dtype: type that the values of a tensor are cast to.
-      write: takes each piece with its values.
+      model: read once, from several threads.
       advance: takes the number of bytes done, often.
+      check: takes every piece with its values.
     """
 
     def one(tensor: hf.Tensor) -> Entry:
-        wanted, digest = dtype(tensor), hashlib.blake2b(digest_size=32)
-        for piece in pieces(tensor, wanted.itemsize):
-            values = np.ascontiguousarray(model.read(piece).astype(wanted, copy=False))
-            write(piece, values)
+        digest = hashlib.blake2b(digest_size=32)
+        for piece in pieces(tensor, model.dtype(tensor).itemsize):
+            values = np.ascontiguousarray(model.read(piece))
+            check(piece, values)
             digest.update(values.view(np.uint8).data)
             advance(values.nbytes)
-        return Entry(tensor.shape, str(wanted), digest.hexdigest())
+        return Entry(tensor.shape, str(model.dtype(tensor)), digest.hexdigest())
 
-    # The largest first: two threads then end at the same time.
-    order = sorted(model.table, key=lambda tensor: -np.prod(tensor.shape, dtype=np.int64))
+    return dict(zip((tensor.name for tensor in model.table), in_threads(one, model.table), strict=True))
+
+
+def in_threads(work: Callable[[hf.Tensor], T], table: Sequence[hf.Tensor]) -> list[T]:
+    """`work` on every tensor, on THREADS at once, the largest first: then all end at about the same time."""
+    order = sorted(range(len(table)), key=lambda i: -math.prod(table[i].shape))
     with ThreadPoolExecutor(THREADS) as pool:
-        entries = dict(zip((tensor.name for tensor in order), pool.map(one, order), strict=True))
-    return {tensor.name: entries[tensor.name] for tensor in model.table}
-
-
-def certify(model: Model, *, advance: Callable[[int], None] = lambda count: None) -> Certificate:
-    """The certificate of a model as it is stored."""
-    return transfer(model, dtype=model.dtype, advance=advance)
+        futures = {i: pool.submit(work, table[i]) for i in order}
+        try:
+            return [futures[i].result() for i in range(len(table))]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # one has failed: the others are for nothing
+            raise
 
 
 def differences(a: Certificate, b: Certificate) -> list[str]:

@@ -11,7 +11,7 @@ import struct
 
 from qwen_jax.weights.tensors import RegularFile, quoted
 
-MAX_ENTRIES = 100_000
+MAX_ENTRIES = 20_000
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
@@ -108,6 +108,9 @@ def _parse_entry(directory: bytes, position: int) -> tuple[str, tuple[int, int],
     header = rest[-1]
     position += _ENTRY.size
     end = position + name_length
+    next_entry = end + extra_length + comment_length
+    if next_entry > len(directory):
+        raise ValueError("the archive's directory is shorter than its entries")
     name = directory[position:end].decode("utf-8")
     if signature != b"PK\1\2":
         raise ValueError("an entry of the archive's directory has no signature")
@@ -118,7 +121,7 @@ def _parse_entry(directory: bytes, position: int) -> tuple[str, tuple[int, int],
     size, packed, header = _widen(directory[end : end + extra_length], [size, packed, header])
     if packed != size:
         raise ValueError(f"entry {quoted(name)} has two different sizes")
-    return name, (header, size), end + extra_length + comment_length
+    return name, (header, size), next_entry
 
 
 def _widen(extra: bytes, numbers: list[int]) -> list[int]:

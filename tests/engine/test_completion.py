@@ -27,8 +27,8 @@ class Scripted:
             yield column
 
 
-def completed(engine, *, stops=(), max_new_tokens=100, show=lambda index, piece: None):
-    completions = [Completion(TOKENIZER, stops) for _ in engine.rows]
+def completed(engine, *, stop_ids=(END,), stops=(), max_new_tokens=100, show=lambda index, piece: None):
+    completions = [Completion(TOKENIZER, stop_ids, stops) for _ in engine.rows]
     generate(
         engine, [[1]] * len(completions), completions, Sampling(), seed=0, rows=range(len(completions)),
         max_new_tokens=max_new_tokens, show=show,
@@ -73,6 +73,12 @@ def test_finished_rows_say_no_more_and_the_last_one_ends_it():
     assert engine.steps == long.num_tokens
 
 
+def test_any_of_the_stop_tokens_ends_the_text_and_no_other_does():
+    ids = [*TOKENIZER.encode("low"), END, *TOKENIZER.encode("er"), TOKENIZER.control["<|im_end|>"], 0]
+    (made,) = completed(Scripted(ids), stop_ids={TOKENIZER.control["<|im_end|>"], TOKENIZER.control["<|im_start|>"]})
+    assert (made.text, made.finish_reason, made.num_tokens) == ("lower", "stop", len(ids) - 1)
+
+
 def test_limit_gives_back_the_text_that_was_held():
     ids = TOKENIZER.encode("newest lo")
     (made,) = completed(Scripted(ids + TOKENIZER.encode("w")), stops=["low"], max_new_tokens=len(ids))
@@ -87,7 +93,7 @@ def test_half_a_character_at_the_limit_is_one_replacement():
 
 
 def test_interruption_keeps_what_was_made():
-    completion = Completion(TOKENIZER, ["lower"])
+    completion = Completion(TOKENIZER, {END}, ["lower"])
     shown = "".join(completion.push(token) for token in TOKENIZER.encode("wider low"))
     assert shown == "wider "
     assert completion.end("interrupted") == "low"

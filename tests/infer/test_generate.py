@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import io
 import json
 import os
 import re
@@ -14,23 +12,17 @@ from pathlib import Path
 import pytest
 
 import infer.generate
-from infer.__main__ import main
-from qwen_jax.command import run_command
+from tests.conftest import tiny_config
+from tests.infer.conftest import TEMPLATE, save_run, variant
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--max-new-tokens", "9", "--batch-size", "2"]
 
 
 @pytest.fixture
-def command(run_folder, capsys, monkeypatch):
-    """Runs `infer generate` on the run folder; exit code, stdout, stderr."""
-
-    def run(*arguments, stdin=b"", model=run_folder):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        code = run_command("infer", lambda: main(["generate", str(model), *map(str, arguments)]))
-        return code, *capsys.readouterr()
-
-    return run
+def command(run_infer, run_folder):
+    """Runs `infer generate`, on the run folder unless told otherwise."""
+    return lambda *arguments, stdin=b"", model=run_folder: run_infer("generate", model, *arguments, stdin=stdin)
 
 
 def rows(text):
@@ -209,9 +201,100 @@ def test_a_reader_that_leaves_and_a_file_that_is_full_as_processes(run_folder):
     assert full.stderr == "infer: error: cannot write completions to /dev/full: No space left on device\n"
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(command, monkeypatch):
-    monkeypatch.setattr(
-        "qwen_jax.engine.checkpoint.Tokenizer.from_bytes", lambda data: argparse.Namespace(num_tokens=289)
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(command, tmp_path, tokenizer):
+    small = save_run(tmp_path, tiny_config(num_layers=1, vocab_size=277), tokenizer)
+    code, _, err = command("--prompt", "low", model=small)
+    assert code == 3 and "the tokenizer has 278 tokens and the model a vocabulary of 277" in err
+
+
+def test_a_published_folder_gives_what_its_run_gives(command, long_run, published):
+    for options in (("--temperature", 0), ("--seed", 3)):
+        outs = {command("--prompt", "low", *options, *SHORT, model=model)[1] for model in (long_run, published)}
+        assert len(outs) == 1 and outs != {""}
+
+
+SAMPLED = {"do_sample": True, "temperature": 0.5, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+
+
+def test_the_models_own_defaults_hold_where_nothing_is_given(command, published, tmp_path):
+    sampled = variant(published, tmp_path / "sampled", generation_config_json=SAMPLED | {"max_new_tokens": 7})
+    spelled = ["--temperature", 0.5, "--top-p", 0.8, "--top-k", 20, "--repetition-penalty", 1.05]
+    code, out, err = command("--prompt", "low", model=sampled)
+    assert (code, out) == command("--prompt", "low", *spelled, "--max-new-tokens", 7, model=published)[:2]
+    assert err.splitlines()[0] == (
+        "sampling: temperature 0.5, top_k 20, top_p 0.8, repetition_penalty 1.05, max_new_tokens 7 "
+        "(generation_config.json)"
     )
-    code, _, err = command("--prompt", "low")
-    assert code == 3 and "its tokenizer has 289 tokens and its model a vocabulary of 288" in err
+
+    greedy = ["--prompt", "low", "--temperature", 0, "--repetition-penalty", 1, "--max-new-tokens", 9]
+    code, out, err = command(*greedy, model=sampled)
+    assert (code, out) == command(*greedy, model=published)[:2] and err.startswith("9 tokens")
+    silent = variant(published, tmp_path / "silent", generation_config_json={})
+    code, out, err = command(*greedy[:2], *greedy[4:], model=silent)
+    assert (code, out) == command(*greedy, model=published)[:2]
+    assert err.startswith("sampling: temperature 0 (generation_config.json)\n")
+
+
+def test_a_completion_ends_at_the_models_own_stop_tokens(command, published, tmp_path):
+    greedy = ["--prompt", "low", "--temperature", 0, *SHORT]
+    assert command(*greedy, model=published)[2].endswith("; length\n")
+    every = variant(published, tmp_path / "every", generation_config_json={"eos_token_id": list(range(278))})
+    code, out, err = command(*greedy, model=every)
+    assert (code, out) == (0, "\n") and err.startswith("1 tokens in") and err.endswith("; stop\n")
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": "low"}]},
+    {"messages": [{"role": "system", "content": "newer"}, {"role": "user", "content": "low"}], "id": 7},
+]
+
+
+def test_chats_are_rendered_in_the_models_format_and_mix_with_prompts(command, published, tmp_path, tokenizer):
+    folder = variant(published, tmp_path / "chat", chat_template_jinja=TEMPLATE)
+    text = "<|im_start|>user\nlow<|im_end|>\n<|im_start|>assistant\n"
+    stdin = "\n".join(json.dumps(row) for row in [*CHATS, {"prompt": text}]).encode()
+    code, out, err = command("--input", "-", "--control-tokens", *SHORT, model=folder, stdin=stdin)
+    assert code == 0 and "not a known one" in err
+    plain, with_system, spelled = rows(out)
+    assert plain["messages"] == CHATS[0]["messages"] and "prompt" not in plain and spelled["prompt"] == text
+    assert plain["prompt_tokens"] == spelled["prompt_tokens"] == len(tokenizer.encode_trusted(text))
+    assert with_system["prompt_tokens"] > plain["prompt_tokens"]
+
+    code, out, err = command("--input", "-", "--format", "qwen2.5", *SHORT, model=folder, stdin=stdin)
+    assert code == 0 and "not a known one" not in err
+    assert rows(out)[0]["prompt_tokens"] > plain["prompt_tokens"]  # its default system message
+    assert rows(out)[2]["prompt_tokens"] == len(tokenizer.encode(text))
+    assert "standard input:3: <|im_start|> is taken for plain text; --control-tokens" in err
+
+
+def test_control_tokens_in_prompts_are_text_unless_asked_for(command):
+    prompt = "<|im_start|>low"
+    code, _, err = command("--prompt", prompt, *SHORT)
+    assert code == 0 and "warning: --prompt 1: <|im_start|> is taken for plain text; --control-tokens" in err
+    code, _, err = command("--prompt", prompt, "--control-tokens", *SHORT)
+    assert code == 0 and "warning" not in err
+
+
+@pytest.mark.parametrize(
+    "row, arguments, code, message",
+    [
+        (CHATS[0], [], 2, "has no chat template; choose a format with --format: qwen1, "),
+        ({"prompt": "low"}, ["--format", "qwen2"], 2, "--format and --no-thinking are for rows with messages"),
+        (CHATS[0], ["--format", "qwen9"], 2, "invalid choice: 'qwen9'"),
+        (CHATS[0], ["--format", "qwen2", "--no-thinking"], 2, "chat format qwen2 has no thoughts"),
+        ({"messages": []}, ["--format", "qwen2"], 3, "standard input:1: messages is empty"),
+        ({"messages": [{"role": "user"}]}, ["--format", "qwen2"], 3, r"input:1: messages\[0\].content is missing"),
+        ({"messages": "low", "prompt": "low"}, ["--format", "qwen2"], 3, "the row has keys messages, prompt"),
+        (
+            {"messages": [*CHATS[0]["messages"], {"role": "assistant", "content": "er"}]},
+            ["--format", "qwen2"], 3, "standard input:1: the last message is the assistant's",
+        ),
+        (CHATS[0] | {"tools": [{"name": "f"}]}, ["--format", "qwen2"], 3, "standard input:1: .*tools"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, ["--format", "qwen2"], 3, "standard input:1: "),
+    ],
+)  # fmt: skip
+def test_chats_that_cannot_be_rendered_get_one_line(command, published, row, arguments, code, message):
+    got, out, err = command("--input", "-", *arguments, model=published, stdin=json.dumps(row).encode())
+    assert (got, out) == (code, "")
+    assert err.startswith("infer: error: ") and err.count("\n") == 1
+    assert re.search(message, err), err

@@ -1,6 +1,11 @@
-"""The model against the implementation of the `transformers` library, on random weights at unusual settings."""
+"""Published models as the `transformers` library computes them, opened here and opened there again after export.
+
+Tiny random models with every field at an unusual value; weights go through files both ways.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,106 +14,145 @@ import pytest
 
 from qwen_jax import model
 from qwen_jax.ops.loss import chunked_cross_entropy
-from tests.conftest import tiny_config
+from qwen_jax.weights import hf
+from qwen_jax.weights.convert import convert
+from qwen_jax.weights.load import load_params
+from qwen_jax.weights.source import open_model
+from tests.published import tiny_tokenizer
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install -e '.[parity]'")
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install -e '.[parity]'")
 
 pytestmark = pytest.mark.filterwarnings("default")
 
-# float32 on both sides, sums in another order, some layers deep.
-PARITY = dict(rtol=1e-4, atol=2e-5)
+# Of the largest value: float32 on both sides, sums in another order, some layers deep.
+RELATIVE = 1e-5
+
+COMMON = dict(
+    vocab_size=288, hidden_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=14,
+    intermediate_size=44, rms_norm_eps=3e-5, rope_theta=12345.0, max_position_embeddings=64, initializer_range=0.2,
+    attn_implementation="eager",
+)  # fmt: skip
+MODELS = {
+    "qwen2 tied": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen2 untied": ("Qwen2", dict(tie_word_embeddings=False, num_key_value_heads=1)),
+    "qwen2 without groups": ("Qwen2", dict(tie_word_embeddings=False, num_key_value_heads=4, head_dim=None)),
+    "qwen2 windows": (
+        "Qwen2",
+        dict(tie_word_embeddings=True, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    ),
+    "qwen3": ("Qwen3", dict(tie_word_embeddings=False)),
+    "qwen3 tied": ("Qwen3", dict(tie_word_embeddings=True, num_key_value_heads=4)),
+}
 
 
-def oracle(config):
-    """A random Hugging Face model of this config, biases and scales included."""
-    common = dict(
-        vocab_size=config.vocab_size, hidden_size=config.width, num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim,
-        intermediate_size=config.mlp_width, rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta}, attn_implementation="eager",
-        max_position_embeddings=config.max_position,
-    )  # fmt: skip
+@pytest.fixture(params=MODELS)
+def published(request, tmp_path):
+    """A folder that transformers saved, and the model it saved."""
+    name, changes = MODELS[request.param]
+    fields = {key: value for key, value in (COMMON | changes).items() if value is not None}
     torch.manual_seed(0)
-    if config.qk_norm:
-        net = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common, attention_bias=False))
-    else:
-        net = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common))
+    net = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**fields))
     with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return net.eval()
+        for parameter in net.parameters():  # biases and norms too
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    net.save_pretrained(tmp_path / "published")
+    (tmp_path / "published/tokenizer.json").write_bytes(tiny_tokenizer().to_bytes())
+    return tmp_path / "published", net.eval()
 
 
-def translate(config, named):
-    """Hugging Face names to this library's stacked tree."""
-    get = lambda name: named[name].detach().numpy()
-
-    def layer(i):
-        at = f"model.layers.{i}."
-        heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
-        attention = {}
-        for name, n in heads.items():
-            w = get(f"{at}self_attn.{name}_proj.weight")
-            attention[name] = {"w": w.reshape(n, config.head_dim, config.width)}
-            if config.qkv_bias:
-                attention[name]["b"] = get(f"{at}self_attn.{name}_proj.bias").reshape(n, config.head_dim)
-            if config.qk_norm and name in "qk":
-                attention[f"{name}_norm"] = {"scale": get(f"{at}self_attn.{name}_norm.weight")}
-        o = get(f"{at}self_attn.o_proj.weight")
-        attention["o"] = {"w": o.reshape(config.width, config.num_heads, config.head_dim)}
-        return {
-            "attention": attention,
-            "attention_norm": {"scale": get(f"{at}input_layernorm.weight")},
-            "mlp": {name: {"w": get(f"{at}mlp.{name}_proj.weight")} for name in ("gate", "up", "down")},
-            "mlp_norm": {"scale": get(f"{at}post_attention_layernorm.weight")},
-        }
-
-    layers = [layer(i) for i in range(config.num_layers)]
-    params = {
-        "embed": {"w": get("model.embed_tokens.weight")},
-        "layers": jax.tree.map(lambda *xs: np.stack(xs), *layers),
-        "final_norm": {"scale": get("model.norm.weight")},
-    }
-    if not config.tie_embeddings:
-        params["head"] = {"w": get("lm_head.weight")}
-    return params
+def assert_close(got, want, name=""):
+    got, want = np.asarray(got), np.asarray(want)
+    assert np.abs(got - want).max() <= RELATIVE * np.abs(want).max(), name
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(head_dim=8),
-        dict(head_dim=8, tie_embeddings=False, num_kv_heads=1),
-        dict(head_dim=12, qk_norm=True, qkv_bias=False),
-    ],
-    ids=["qwen2 tied", "qwen2 untied", "qwen3"],
-)
-def test_logits_and_gradients(mesh, changes):
-    config = tiny_config(**changes)
-    net = oracle(config)
-    params = jax.tree.map(jnp.asarray, translate(config, dict(net.named_parameters())))
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 17))
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config, params, tokens, positions, **cache):
+    hidden, cache = model.forward(config, params, tokens, positions, **cache)
+    return model.logits(params, hidden), cache
+
+
+def tokens_of(config, length=17):
+    return np.random.default_rng(0).integers(0, config.vocab_size, (2, length))
+
+
+def tree_of(opened, named):
+    """Arrays under published names as the stacked tree of parameters."""
+    tree = jax.tree.map(lambda like: np.zeros(like.shape, np.float32), model.abstract(opened.config))
+    for tensor in opened.table:
+        for part, rows in zip(tensor.parts, tensor.rows, strict=True):
+            node = tree
+            for key in part.path.split("/"):
+                node = node[key]
+            node[() if part.layer is None else part.layer] = named[tensor.name][rows].reshape(part.shape)
+    return tree
+
+
+def test_logits_and_gradients(mesh, published):
+    folder, net = published
+    opened = open_model(folder)
+    config, params = opened.config, load_params(opened, dtype="float32", stacked=True)
+    ids = tokens_of(config)
     tokens, targets = ids[:, :-1].astype(np.int32), ids[:, 1:].astype(np.int32)
     positions = np.tile(np.arange(16, dtype=np.int32), (2, 1))
 
-    expected = net(torch.tensor(tokens.astype(np.int64))).logits
-    hidden, _ = model.forward(config, params, tokens, positions)
-    np.testing.assert_allclose(model.logits(params, hidden), expected.detach().numpy(), **PARITY)
+    expected = net(torch.tensor(ids[:, :-1])).logits
+    assert_close(logits(config, params, tokens, positions)[0], expected.detach())
 
-    torch.nn.functional.cross_entropy(
-        expected.flatten(0, 1), torch.tensor(targets.astype(np.int64)).flatten()
-    ).backward()
+    torch.nn.functional.cross_entropy(expected.flatten(0, 1), torch.tensor(ids[:, 1:]).flatten()).backward()
 
     def loss(params):
         hidden, _ = model.forward(config, params, tokens, positions)
-        return (
-            chunked_cross_entropy(hidden, model.head(params), targets, np.ones(targets.shape, np.float32))
-            / targets.size
-        )
+        weights = np.ones(targets.shape, np.float32)
+        return chunked_cross_entropy(hidden, model.head(params), targets, weights) / targets.size
 
     got = jax.jit(jax.grad(loss))(params)
-    want = translate(config, {name: p.grad for name, p in net.named_parameters()})
-    jax.tree.map_with_path(
-        lambda path, a, b: np.testing.assert_allclose(a, b, **PARITY, err_msg=jax.tree_util.keystr(path)), got, want
-    )
+    want = tree_of(opened, {name: p.grad.numpy() for name, p in net.named_parameters()})
+    jax.tree.map_with_path(lambda path, a, b: assert_close(a, b, jax.tree_util.keystr(path)), got, want)
+
+
+def test_decoding_with_a_cache(mesh, published):
+    folder, net = published
+    opened = open_model(folder)
+    config, params = opened.config, load_params(opened, dtype="float32", stacked=False)
+    ids = tokens_of(config)
+    with torch.no_grad():
+        expected = net(torch.tensor(ids)).logits.numpy()
+    cache, at = model.make_cache(config, 2, ids.shape[1]), 0
+    for length in (9, 1, 1, 1, 1, 4):
+        tokens = jnp.asarray(ids[:, at : at + length], jnp.int32)
+        positions = jnp.broadcast_to(jnp.arange(at, at + length, dtype=jnp.int32), tokens.shape)
+        got, cache = logits(config, params, tokens, positions, cache=cache)
+        assert_close(got, expected[:, at : at + length], f"tokens from {at}")
+        at += length
+
+
+def test_export_opens_in_transformers_bit_for_bit(published, tmp_path):
+    folder, net = published
+    convert(open_model(folder), tmp_path / "native", to="native", dtype=None, say=str)
+    convert(open_model(tmp_path / "native"), tmp_path / "back", to="hf", dtype=None, say=str)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager")
+    named = dict(again.named_parameters())
+    assert {name for name, _ in net.named_parameters()} == set(named)
+    for name, parameter in net.named_parameters():
+        assert torch.equal(parameter, named[name]), name
+    ids = torch.tensor(tokens_of(open_model(folder).config))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, net(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_a_config_made_here_opens_in_transformers(kind, tmp_path):
+    """Without a published config.json to go by: a model that was trained here."""
+    from tests.conftest import tiny_config
+    from tests.published import publish
+
+    config = tiny_config(vocab_size=260, tie_embeddings=False, qk_norm=kind == "qwen3", qkv_bias=kind == "qwen2")
+    tensors = publish(tmp_path / "published", config, hf.model_type_of(config))
+    net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "published")
+    assert net.config.model_type == kind
+    assert net.config.rope_parameters["rope_theta"] == config.rope.theta
+    for name, parameter in net.named_parameters():
+        np.testing.assert_array_equal(parameter.detach().float(), tensors[name])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "published")
+    assert tokenizer.encode("the <|im_end|>") == tiny_tokenizer().encode_trusted("the <|im_end|>")

@@ -10,11 +10,13 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 from qwen_jax.errors import ConfigError, DataError, FileError, ModelError
-from qwen_jax.text import Tokenizer, tokenizer, train_bpe
+from qwen_jax.text import Tokenizer, tokenizer, train_bpe, vocabulary
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
@@ -132,6 +134,7 @@ def nfc(text):
 @given(st.lists(st.sampled_from(MARKED), max_size=10).map("".join))
 @example("a\u0301\u0323b")
 @example("か\u3099")
+@example("🙂👩\u200d👧")  # a token that ends one character and holds the next two
 @settings(deadline=None)
 def test_offsets_are_those_of_the_text_before_normalisation(text):
     ids, spans = SMALL.encode_with_offsets(text)
@@ -218,11 +221,20 @@ def test_cuts_change_neither_offsets_nor_trusted_text(text):
 
 @pytest.mark.parametrize("unit", [" ", "\n", "\n ", "a", "'", "\u0301", "9", "你", "a ", "<|im_end|>"])
 def test_pathological_text_is_encoded_in_linear_time(unit):
-    """A step per pair of its characters would be 10^11 steps, many minutes."""
-    text = unit * (300_000 // len(unit))
+    """A step per pair of its characters would be 4 · 10^10 steps, more than a minute."""
+    text = unit * (200_000 // len(unit))
     start = time.perf_counter()
     assert SMALL.decode(SMALL.encode(text)) == text
     assert time.perf_counter() - start < 20
+
+
+def test_text_that_cannot_be_cut_is_refused_before_it_makes_the_library_abort():
+    split = pre_tokenizers.Split(tokenizers.Regex(vocabulary.PIECES), "isolated")
+    assert len(split.pre_tokenize_str(" " * tokenizer.MAX_PART)) == 1
+    with pytest.raises(DataError, match="6,000,001 characters of the text come without a space .* at most 6,000,000"):
+        SMALL.encode(" " * (tokenizer.MAX_PART + 1))
+    with pytest.raises(DataError, match="6,000,001 characters"):
+        SMALL.encode_with_offsets("a" * (tokenizer.MAX_PART + 1))
 
 
 @pytest.mark.parametrize("vocab_size", [0, 258])
@@ -267,6 +279,10 @@ def broken(name):
         model["vocab"]["Ġ"] = 0
     if name == "added id taken":
         added[0]["id"] = 5
+    if name == "added id twice":
+        added[2]["id"] = added[1]["id"]
+    if name == "added id not the vocabulary's":
+        model["vocab"][added[0]["content"]] = 380
     if name == "no end of text":
         added[0]["content"] = "<eos>"
     if name == "byte missing":
@@ -293,7 +309,8 @@ def broken(name):
     return json.dumps(spec).encode()
 
 
-FAULTS = ["gap", "id twice", "added id taken", "no end of text", "byte missing", "dropout", "no byte level"]
+FAULTS = ["gap", "id twice", "added id taken", "added id twice", "added id not the vocabulary's", "no end of text"]
+FAULTS += ["byte missing", "dropout", "no byte level"]
 FAULTS += ["other decoder", "other model", "lossy normalizer", "alien token", "merge of an unknown token"]
 FAULTS += ["special from merges", "word prefix", "strips", "added twice", "added empty", "flag of another type"]
 

@@ -214,5 +214,5 @@ def test_a_file_of_the_wrong_kind_is_refused(name, content, message, tmp_path):
 def test_a_huge_file_is_refused_unread(tmp_path):
     with (tmp_path / "tokenizer.json").open("wb") as file:
         file.truncate(vocabulary.MAX_BYTES + 1)
-    with pytest.raises(ModelError, match="has 100,000,001 bytes, more than the 100,000,000"):
+    with pytest.raises(ModelError, match="has 50,000,001 bytes, more than the 50,000,000"):
         Tokenizer.load(tmp_path)

@@ -49,6 +49,10 @@ def example(seed=0) -> dict[str, np.ndarray]:
     return arrays
 
 
+def run_here(code: str, *arguments: Path) -> None:
+    subprocess.run([sys.executable, "-c", code, *arguments], cwd=Path(__file__).parents[2], check=True)
+
+
 @pytest.fixture
 def reads(monkeypatch):
     """(offset, bytes) of every read of a file."""
@@ -193,7 +197,7 @@ BAD = {
     "array": (raw_file(b"[]"), "not an object"),
     "nested": (raw_file(b'{"a":' * 10_000), "nested too deeply"),
     "nested arrays": (raw_file(b'{"a":' + b"[" * 300_000), "nested too deeply"),
-    "many small values": (raw_file(b'{"a":[' + b"{}," * 700_000 + b"{}]}"), "over 500000"),
+    "many small values": (raw_file(b'{"a":[' + b"{}," * 700_000 + b"{}]}"), "over 400000"),
     "two keys": (raw_file(b'{"a":%s,"a":%s}' % ((header_of(entry()),) * 2), b"1234"), "'a' appears twice"),
     "two inner keys": (raw_file(b'{"a":{"dtype":"U8","dtype":"U8"}}'), "'dtype' appears twice"),
     "NaN": (raw_file(b'{"a":NaN}'), "NaN"),
@@ -232,8 +236,9 @@ BAD = {
     "missing bytes": (raw_file(header_of({"a": entry()}), b"123"), "4 bytes of data and the file has 3"),
     "data without tensors": (raw_file(b"{}", b"1"), "0 bytes of data and the file has 1"),
     "metadata is a list": (raw_file(header_of({"__metadata__": []})), "__metadata__ is not"),
+    "metadata is null": (raw_file(b'{"__metadata__":null}'), "__metadata__ is not"),
     "metadata of numbers": (raw_file(header_of({"__metadata__": {"a": 1}})), "__metadata__ is not"),
-    "80,000 entries": (raw_file(many(80_000), b"1" * 80_000), "over 500000"),
+    "60,000 entries": (raw_file(many(60_000), b"1" * 60_000), "over 400000"),
 }
 
 
@@ -252,7 +257,7 @@ def test_a_bad_file_is_refused_in_one_line(name, tmp_path):
 def test_a_million_entries_cost_neither_time_nor_memory(tmp_path):
     header = many(10**6)
     (tmp_path / "large").write_bytes(raw_file(header, b"1" * 10**6))
-    (tmp_path / "small").write_bytes(raw_file(header[: 2**24], b""))  # small enough to be read and counted
+    (tmp_path / "small").write_bytes(raw_file(header[: 2**23], b""))  # small enough to be read and counted
     code = (
         "import resource, sys, time\n"
         "from pathlib import Path\n"
@@ -265,12 +270,14 @@ def test_a_million_entries_cost_neither_time_nor_memory(tmp_path):
         "    except ModelError: assert time.process_time() - start < 1\n"
         "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024\n"
     )
-    files = [tmp_path / "large", tmp_path / "small"]
-    subprocess.run([sys.executable, "-c", code, *files], cwd=Path(__file__).parents[2], check=True)
+    # One character outside Latin-1 makes Python keep every character of a text in 4 bytes.
+    (tmp_path / "text").write_bytes(raw_file('{"😀'.encode() + b"x" * 10_000_000 + b'":0}'))
+    files = [tmp_path / "large", tmp_path / "small", tmp_path / "text"]
+    run_here(code, *files)
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_damage_to_the_header_is_refused_or_harmless(data, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "damaged"
     arrays = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros((0, 2), np.int8)}
@@ -319,7 +326,7 @@ def test_rows_in_any_order(tmp_path):
         writer.write("x", array[3:], start=3)
         writer.write("x", array[:1])
         writer.write("x", np.asfortranarray(array[1:3]), start=1)
-        assert [path.name for path in tmp_path.iterdir()] == [".file.partial"]
+        assert [path.name for path in tmp_path.iterdir()] == [f".file.{os.getpid()}.partial"]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     with SafetensorsFile(tmp_path / "file") as file:
         np.testing.assert_array_equal(file.read("x"), array)
@@ -334,6 +341,12 @@ def test_rows_missing_or_written_twice_make_no_file(rows, tmp_path):
                 writer.write("x", np.zeros((last - first, 3), np.float32), start=first)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_scalar_has_one_place(tmp_path):
+    info = {"x": TensorInfo(shape=(), dtype=np.dtype(np.float32))}
+    with pytest.raises(ValueError, match="^x has 1 rows"), SafetensorsWriter(tmp_path / "file", info, None) as writer:
+        writer.write("x", np.zeros((), np.float32), start=1)
 
 
 def test_an_exception_makes_no_file(tmp_path):
@@ -351,6 +364,7 @@ def test_an_exception_makes_no_file(tmp_path):
         (np.zeros(3, np.float32), 0),
         (np.zeros((4, 3), np.float32), 1),
         (np.zeros((1, 3), np.float32), -1),
+        (np.zeros((), np.float32), 0),
     ],
 )
 def test_an_array_that_does_not_fit_is_refused(array, start, tmp_path):
@@ -358,20 +372,43 @@ def test_an_array_that_does_not_fit_is_refused(array, start, tmp_path):
         writer.write("x", array, start=start)
 
 
-def test_a_killed_write_does_not_stop_the_next(tmp_path):
-    (tmp_path / ".file.partial").write_bytes(b"x" * 10_000)
-    save(tmp_path / "file", {"x": np.ones((4, 3), np.float32)})
+def test_two_writers_of_one_file_do_not_mix(tmp_path, monkeypatch):
+    """The last to end wins."""
+    with SafetensorsWriter(tmp_path / "file", INFO, None) as first:
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with SafetensorsWriter(tmp_path / "file", INFO, None) as second:
+            first.write("x", np.zeros((4, 3), np.float32))
+            second.write("x", np.ones((4, 3), np.float32))
+        with SafetensorsFile(tmp_path / "file") as file:
+            assert file.read("x").all()
     with SafetensorsFile(tmp_path / "file") as file:
-        assert file.read("x").all()
+        assert not file.read("x").any()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_two_writers_of_one_file(tmp_path):
-    with SafetensorsWriter(tmp_path / "file", INFO, None) as writer:
-        with pytest.raises(FileError, match="written by another"), SafetensorsWriter(tmp_path / "file", INFO, None):
-            pass
-        writer.write("x", np.ones((4, 3), np.float32))
-    with SafetensorsFile(tmp_path / "file") as file:
-        assert file.read("x").all()
+def test_a_file_larger_than_the_memory_limit_is_copied_in_pieces(tmp_path):
+    """A reader that maps the file, or a writer that gathers it, does not fit."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    header = header_of({"x": entry("F32", (2**14, 2**10), 0, 2**26)})
+    (tmp_path / "file").write_bytes(raw_file(header))
+    os.truncate(tmp_path / "file", 8 + len(header) + 2**26)
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from qwen_jax.weights.safetensors import SafetensorsFile, SafetensorsWriter\n"
+        "pages = int(Path('/proc/self/statm').read_text().split()[0])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**24,) * 2)\n"
+        "source, target = map(Path, sys.argv[1:])\n"
+        "with SafetensorsFile(source) as file, SafetensorsWriter(target, file.tensors, file.metadata) as writer:\n"
+        "    for start in range(0, 2**14, 2**10):\n"
+        "        writer.write('x', file.read('x', (slice(start, start + 2**10),)), start=start)\n"
+        "try: bytearray(2**26); sys.exit('no limit')\n"
+        "except MemoryError: pass\n"
+    )
+    run_here(code, tmp_path / "file", tmp_path / "copy")
+    with SafetensorsFile(tmp_path / "copy") as file:
+        assert file.tensors["x"].shape == (2**14, 2**10)
 
 
 def test_a_full_disk_is_one_line(tmp_path):

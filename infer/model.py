@@ -1,0 +1,79 @@
+"""A model as the options ask for it: opened, with its own defaults wherever nothing was given."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import jax
+
+from infer.config import Options
+from infer.terminal import warn
+from qwen_jax.engine import Engine, Sampling, load
+from qwen_jax.errors import ConfigError
+from qwen_jax.sharding import make_mesh
+from qwen_jax.text import Tokenizer
+from qwen_jax.text.chat import FORMATS, Format
+from qwen_jax.text.template import JinjaFormat
+from qwen_jax.weights.source import NativeCheckpoint, PublishedFolder, open_model
+from qwen_jax.weights.usage import GENERATION, Usage, read_usage
+
+FIELDS = [field.name for field in dataclasses.fields(Sampling)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model without its weights: what is wrong with the rest is said before they are read.
+
+    Attributes:
+      usage: how it is meant to be used.
+      sampling: the options', and of `usage` what they leave open.
+    """
+
+    options: Options
+    model: PublishedFolder | NativeCheckpoint
+    tokenizer: Tokenizer
+    usage: Usage
+    sampling: Sampling
+
+    def chat_format(self) -> Format | JinjaFormat:
+        """The format the options name, or else the model's. Raises ConfigError where there is none."""
+        options = self.options
+        form = FORMATS[options.format] if options.format else self.usage.chat_format(self.tokenizer, warn=warn)
+        if form is None:
+            raise ConfigError(
+                f"{self.model.path} has no chat template; choose a format with --format: {', '.join(FORMATS)}"
+            )
+        if not options.thinking and not form.thinks:
+            raise ConfigError(f"--no-thinking: chat format {form.name} has no thoughts; leave it out")
+        return form
+
+    def load(self) -> Engine:
+        """The engine, on the first device."""
+        mesh = make_mesh(devices=jax.devices()[:1])
+        return load(self.model, self.tokenizer, mesh=mesh, dtype=self.options.dtype)
+
+    def report(self) -> None:
+        """One line on stderr, if any default is the model's."""
+        values = {**self.usage.defaults, "max_new_tokens": self.usage.max_new_tokens}
+        off = {**dataclasses.asdict(Sampling()), "temperature": None, "max_new_tokens": None}
+        # The likeliest token is the same whatever is kept beside it.
+        idle = ("top_k", "top_p", "min_p") if self.sampling.temperature == 0 else ()
+        used = [
+            f"{name} {value:g}"
+            for name, value in values.items()
+            if getattr(self.options, name) is None and value != off[name] and name not in idle
+        ]
+        if used:
+            print(f"sampling: {', '.join(used)} ({GENERATION})", file=sys.stderr)
+
+
+def open_for(options: Options) -> Opened:
+    """The model that the options name."""
+    given = {name: value for name in FIELDS if (value := getattr(options, name)) is not None}
+    Sampling(**given)  # what cannot be sampled with is refused before anything is read
+    model = open_model(options.model, allow_pickle_format=options.allow_pickle_format, warn=warn)
+    tokenizer = model.tokenizer()
+    usage = read_usage(model, tokenizer, warn=warn)
+    sampling = Sampling(**{**usage.defaults, **given})
+    return Opened(options=options, model=model, tokenizer=tokenizer, usage=usage, sampling=sampling)
