@@ -20,8 +20,9 @@ ONLY_IN = {
     "grain": ["train"],
     "orbax": ["qwen_jax/weights"],
     "safetensors": ["qwen_jax/weights"],
-    "torch": ["tests", "benchmarks"],
-    "transformers": ["tests", "benchmarks"],
+    # The command that compares a forward pass with theirs, where a user has them.
+    "torch": ["tests", "benchmarks", "qwen_jax/weights/forward.py"],
+    "transformers": ["tests", "benchmarks", "qwen_jax/weights/forward.py"],
 }
 
 

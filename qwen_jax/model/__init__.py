@@ -7,7 +7,7 @@ C labels of a score.
 from qwen_jax.model.cache import Cache, LayerCache, make_cache
 from qwen_jax.model.heads import scores
 from qwen_jax.model.layout import stack_layers, unstack_layers
-from qwen_jax.model.transformer import Params, Qwen, Remat, abstract, forward, head, init, logits
+from qwen_jax.model.transformer import Params, Qwen, Remat, abstract, forward, head, hidden_states, init, logits
 
 __all__ = [
     # Parameters
@@ -20,6 +20,7 @@ __all__ = [
     "Qwen",
     "Remat",
     "forward",
+    "hidden_states",
     "head",
     "logits",
     "scores",

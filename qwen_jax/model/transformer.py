@@ -87,6 +87,11 @@ class Qwen(nn.Module):
         return x, cache
 
 
+def _split(*arrays: Array | None) -> list[Array | None]:
+    """[B, T] arrays split over the current mesh."""
+    return [x if x is None else jax.sharding.reshard(x, sharding.activation("bt", x.shape)) for x in arrays]
+
+
 def _mask(positions: Array, segments: Array | None, cache: Cache | None) -> Mask:
     if cache is None:
         return Mask(
@@ -172,11 +177,26 @@ def forward(
     scan = "layers" in params
     if scan and cache is not None:
         raise ValueError("decoding takes parameters of one entry per layer: call unstack_layers(params) once before")
-    ids = (jax.sharding.reshard(x, sharding.activation("bt", x.shape)) for x in (tokens, positions))
-    if segments is not None:
-        segments = jax.sharding.reshard(segments, sharding.activation("bt", segments.shape))
-    out = Qwen(config, scan, remat, attention).apply({"params": params}, *ids, segments, cache)
+    arrays = _split(tokens, positions, segments)
+    out = Qwen(config, scan, remat, attention).apply({"params": params}, *arrays, cache)
     return cast(tuple[Array, Cache | None], out)
+
+
+def hidden_states(
+    config: ModelConfig, params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+) -> list[Float[Array, "B T D"]]:
+    """What each layer adds up to, and last what the final norm makes of it: for comparing one model with another.
+
+    Args:
+      config, tokens, positions: as for `forward`.
+      params: one entry per layer.
+    """
+    of_blocks = lambda module, method: isinstance(module, Block)
+    (last, _), state = Qwen(config, scan=False).apply(
+        {"params": params}, *_split(tokens, positions), capture_intermediates=of_blocks, mutable=["intermediates"]
+    )
+    layers = cast(Any, state)["intermediates"]
+    return [*(layers[f"layers_{i}"]["__call__"][0][0] for i in range(config.num_layers)), last]
 
 
 def head(params: Params) -> Float[Array, "V D"]:

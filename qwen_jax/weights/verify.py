@@ -120,6 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
         raise ModelError(f"{options.a} and {options.b} are not equal: {'; '.join(found[:5])}{more}")
     print(f"equal: {len(certificates[0])} tensors, {models[0].nbytes / 1e9:.2f} GB")
+    if options.forward:
+        from qwen_jax.weights.forward import compare  # torch and transformers, which few have
+
+        for name, difference, largest in compare(models[0], models[1].path):
+            print(f"{name:12} differs by {difference:.1e} of {largest:.3g}")
     return 0
 
 
@@ -127,6 +132,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m qwen_jax.weights.verify", description=(__doc__ or "").splitlines()[0])
     add_model_options(parser, "a", "b")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the certificate of A to this file")
+    parser.add_argument(
+        "--forward", action="store_true", help="also compare our forward pass of A with transformers' of B, by layer"
+    )
     return parser.parse_args(arguments)
 
 

@@ -18,6 +18,7 @@ from qwen_jax.weights import hf
 from qwen_jax.weights.convert import convert
 from qwen_jax.weights.load import load_params
 from qwen_jax.weights.source import open_model
+from qwen_jax.weights.verify import main as verify
 from tests.published import tiny_tokenizer
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install -e '.[parity]'")
@@ -156,3 +157,16 @@ def test_a_config_made_here_opens_in_transformers(kind, tmp_path):
         np.testing.assert_array_equal(parameter.detach().float(), tensors[name])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "published")
     assert tokenizer.encode("the <|im_end|>") == tiny_tokenizer().encode_trusted("the <|im_end|>")
+
+
+def test_the_command_compares_layer_by_layer(published, tmp_path, capsys):
+    folder, net = published
+    convert(open_model(folder), tmp_path / "native", to="native", dtype=None, say=str)
+    assert verify([str(tmp_path / "native"), str(folder), "--forward"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("equal: ") and [line[:12].strip() for line in lines[1:]] == [
+        "layer 0", "layer 1", "final norm", "logits",
+    ]  # fmt: skip
+    for line in lines[1:]:
+        difference, largest = (float(line.split()[i]) for i in (-3, -1))
+        assert 0 < difference <= RELATIVE * largest or difference == 0, line
