@@ -1,13 +1,14 @@
 # make demo   train a small Qwen on real text and sample from it
 # make test   the whole test suite
 # make check  lint and types
+# make parity compare with PyTorch and transformers
 # make bench  side by side with PyTorch
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench
+.PHONY: demo test check parity bench
 
 # One stamp per set of extras: installed once, and again when the dependencies change.
 $(VENV)/core: setup.cfg pyproject.toml
@@ -23,6 +24,10 @@ $(VENV)/dev: $(VENV)/core
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
+$(VENV)/parity: $(VENV)/test
+	$(BIN)/pip install --quiet --editable '.[parity]'
+	touch $@
+
 demo: $(VENV)/core
 	$(BIN)/python -m train configs/quickstart.gin
 	$(BIN)/python -m infer generate runs/quickstart --prompt 'def ' --prompt 'import ' --prompt 'class ' --max-new-tokens 160 --temperature 0.6 --seed 0
@@ -35,6 +40,10 @@ check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(VENV)/core
+parity: $(VENV)/parity
+	$(BIN)/python -m pytest -n 2 tests/parity
+
+bench: $(VENV)/parity
 	$(BIN)/python benchmarks/train_cpu.py
 	$(BIN)/python benchmarks/generate_cpu.py
+	$(BIN)/python benchmarks/convert.py

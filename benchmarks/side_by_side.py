@@ -21,7 +21,7 @@ THREADS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """`ours / theirs` (or its inverse, for rates) that must be reached in one measure."""
+    """`ours / theirs` (or its inverse, for rates) that must be reached in one measure; `ours` alone without a peer."""
 
     name: str
     ours: Sequence[str]  # settings, the best of which counts
@@ -58,7 +58,7 @@ def compare(sides: Sequence[str], bars: Sequence[Bar], *, rounds: int, units: Ma
             if done.returncode:
                 sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
             figures[side].append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"\nall figures are seconds, the least of {rounds} rounds (in brackets: the most)\n")
+    print(f"\nall figures are the least of {rounds} rounds (in brackets: the most)\n")
     print("side".ljust(22), *(name.rjust(24) for name in units))
     best: dict[str, dict[str, float]] = {}
     for side, rows in figures.items():
@@ -71,7 +71,8 @@ def compare(sides: Sequence[str], bars: Sequence[Bar], *, rounds: int, units: Ma
     print()
     short = False
     for bar in bars:
-        ours, theirs = (min(best[side][bar.measure] for side in names) for names in (bar.ours, bar.theirs))
+        ours = min(best[side][bar.measure] for side in bar.ours)
+        theirs = min((best[side][bar.measure] for side in bar.theirs), default=1.0)
         figure = theirs / ours if bar.higher_is_better else ours / theirs
         reached = figure >= bar.goal if bar.higher_is_better else figure <= bar.goal
         short |= not reached

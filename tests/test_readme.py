@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -47,6 +48,13 @@ def test_train_takes_its_commands(words, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("words", commands("python -m infer"))
 def test_infer_takes_its_commands(words):
     parse(words)
+
+
+@pytest.mark.parametrize("name", ["convert", "verify"])
+def test_weights_commands_parse(name):
+    module = importlib.import_module(f"qwen_jax.weights.{name}")
+    for words in commands(f"python -m qwen_jax.weights.{name}"):
+        module.parse(words)
 
 
 def test_the_code_runs(monkeypatch):

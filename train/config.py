@@ -203,6 +203,10 @@ class TrainConfig:
         model, mesh, length = self.model_config, self.mesh, self.data.sequence_length
         if length > model.max_position:
             raise ConfigError(f"data.sequence_length={length} must not exceed model.max_position={model.max_position}")
+        if model.score:
+            raise ConfigError(
+                "model.score makes a reward model, and objective LM trains a language model; leave it out"
+            )
         if model.param_dtype != "float32":
             raise ConfigError(
                 f"model.param_dtype={model.param_dtype!r} would lose most updates to rounding; train with "

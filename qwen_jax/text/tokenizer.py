@@ -256,7 +256,7 @@ def _parse(data: bytes) -> dict[str, Any]:
     """The tokenizer.json as a dict; a ModelError unless it is a byte-level BPE that encodes every text in one way."""
     spec = json.loads(data)
     model = spec["model"]
-    kinds = model["type"], spec["decoder"]["type"]
+    kinds = model["type"], (spec["decoder"] or {}).get("type")
     if kinds != ("BPE", "ByteLevel"):
         raise ModelError(f"model and decoder are {kinds}; only byte-level BPE is read: ('BPE', 'ByteLevel')")
     if missing := len(BYTE_OF.keys() - model["vocab"].keys()):

@@ -24,7 +24,7 @@ from qwen_jax.weights.folder import open_folder
 from qwen_jax.weights.stored import StoredArrays
 
 INDEX = "model.safetensors.index.json"
-PIECE_BYTES = 32 * 2**20
+PIECE_BYTES = 8 * 2**20  # small enough for the allocator to use the same memory again
 
 # What lies beside the weights of a published model and says how it is used. Kept, word for word, in both directions.
 SIDE_FILES = (

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from qwen_jax.weights import hf
 from qwen_jax.weights.progress import Bytes
 from qwen_jax.weights.source import Model, Piece, open_model, pieces
 
-THREADS = 2  # one reads and writes while the other hashes; each holds a piece
+THREADS = min(8, 2 * (os.cpu_count() or 1))  # some wait for the disk while others hash; each holds a piece or two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ def to_json(certificate: Certificate) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if the models are equal, 3 if not."""
-    options = _parse(arguments)
+    options = parse(arguments)
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the TPU to whom it belongs
     models = [open_model(path, allow_pickle_format=options.allow_pickle_format) for path in (options.a, options.b)]
     certificates = []
@@ -128,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options. Raises ConfigError for any it does not know."""
     parser = Parser(prog="python -m qwen_jax.weights.verify", description=(__doc__ or "").splitlines()[0])
     add_model_options(parser, "a", "b")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the certificate of A to this file")

@@ -57,14 +57,14 @@ class TokenizerFile:
     """An existing tokenizer.
 
     Attributes:
-      path: a tokenizer.json, or the directory that holds one.
+      path: a folder as published (tokenizer.json, or vocab.json and merges.txt, or qwen.tiktoken), or one such file.
     """
 
     path: str
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise ConfigError('path="" names no tokenizer; give a tokenizer.json or its directory')
+            raise ConfigError('path="" names no tokenizer; give a published folder or a tokenizer.json')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
