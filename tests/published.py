@@ -1,17 +1,25 @@
-"""Published folders with random weights, written without the code that reads them."""
+"""Published folders with random weights, written without the code that reads them, and how ours is held to theirs."""
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from qwen_jax import model
 from qwen_jax.config import ModelConfig
+from qwen_jax.ops.loss import chunked_cross_entropy
 from qwen_jax.text.tokenizer import Tokenizer, train_bpe
 from qwen_jax.weights import hf, hf_config
+
+# Of the largest value: float32 on both sides, sums in another order, some layers deep.
+RELATIVE = 1e-5
 
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -63,3 +71,60 @@ def publish(
     index = {"metadata": {"total_size": size}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     return tensors
+
+
+def tree_of(opened, named):
+    """Arrays under published names as the stacked tree of parameters."""
+    tree = jax.tree.map(lambda like: np.zeros(like.shape, np.float32), model.abstract(opened.config))
+    for tensor in opened.table:
+        for part, rows in zip(tensor.parts, tensor.rows, strict=True):
+            node = tree
+            for key in part.path.split("/"):
+                node = node[key]
+            node[() if part.layer is None else part.layer] = named[tensor.name][rows].reshape(part.shape)
+    return tree
+
+
+def assert_close(got, want, name=""):
+    """Of arrays, or of trees of them: each is that of `want`, but for rounding."""
+
+    def check(path, got, want):
+        got, want = np.asarray(got), np.asarray(want)
+        where = name + jax.tree_util.keystr(path)
+        assert got.shape == want.shape, where
+        assert np.abs(got - want).max() <= RELATIVE * np.abs(want).max(), where
+
+    jax.tree.map_with_path(check, got, want)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config, params, tokens, positions, **cache):
+    """The logits [B, T, V], and the cache."""
+    hidden, cache = model.forward(config, params, tokens, positions, **cache)
+    return model.logits(params, hidden), cache
+
+
+def assert_decodes(config, params, ids, expected):
+    """With a cache, a prompt, single tokens and several at once have the logits that all of `ids` [B, 17] have."""
+    cache, at = model.make_cache(config, *ids.shape), 0
+    for length in (9, 1, 1, 1, 1, 4):
+        tokens = jnp.asarray(ids[:, at : at + length], jnp.int32)
+        positions = jnp.broadcast_to(jnp.arange(at, at + length, dtype=jnp.int32), tokens.shape)
+        got, cache = logits(config, params, tokens, positions, cache=cache)
+        assert_close(got, expected[:, at : at + length], f"tokens from {at}")
+        at += length
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_gradients(config, params, ids):
+    """((loss, logits [B, T, V]), gradients): the mean cross-entropy of each of `ids` [B, T] given those before it."""
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+    # After the last comes nothing that is known.
+    targets, weights = jnp.roll(ids, -1, axis=1), jnp.ones(ids.shape, jnp.float32).at[:, -1].set(0)
+
+    def loss(params):
+        hidden, _ = model.forward(config, params, ids, positions)
+        total = chunked_cross_entropy(hidden, model.head(params), targets, weights)
+        return total / weights.sum(), model.logits(params, hidden)
+
+    return jax.value_and_grad(loss, has_aux=True)(params)

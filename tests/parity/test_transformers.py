@@ -5,29 +5,29 @@ Tiny random models with every field at an unusual value; weights go through file
 
 from __future__ import annotations
 
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax import model
-from qwen_jax.ops.loss import chunked_cross_entropy
 from qwen_jax.weights import hf
 from qwen_jax.weights.convert import convert
 from qwen_jax.weights.load import load_params
 from qwen_jax.weights.source import open_model
 from qwen_jax.weights.verify import main as verify
-from tests.published import tiny_tokenizer
+from tests.conftest import tiny_config
+from tests.published import (
+    RELATIVE,
+    assert_close,
+    assert_decodes,
+    loss_and_gradients,
+    publish,
+    tiny_tokenizer,
+    tree_of,
+)
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install -e '.[parity]'")
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install -e '.[parity]'")
 
 pytestmark = pytest.mark.filterwarnings("default")
-
-# Of the largest value: float32 on both sides, sums in another order, some layers deep.
-RELATIVE = 1e-5
 
 COMMON = dict(
     vocab_size=288, hidden_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=14,
@@ -62,70 +62,29 @@ def published(request, tmp_path):
     return tmp_path / "published", net.eval()
 
 
-def assert_close(got, want, name=""):
-    got, want = np.asarray(got), np.asarray(want)
-    assert np.abs(got - want).max() <= RELATIVE * np.abs(want).max(), name
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logits(config, params, tokens, positions, **cache):
-    hidden, cache = model.forward(config, params, tokens, positions, **cache)
-    return model.logits(params, hidden), cache
-
-
 def tokens_of(config, length=17):
     return np.random.default_rng(0).integers(0, config.vocab_size, (2, length))
 
 
-def tree_of(opened, named):
-    """Arrays under published names as the stacked tree of parameters."""
-    tree = jax.tree.map(lambda like: np.zeros(like.shape, np.float32), model.abstract(opened.config))
-    for tensor in opened.table:
-        for part, rows in zip(tensor.parts, tensor.rows, strict=True):
-            node = tree
-            for key in part.path.split("/"):
-                node = node[key]
-            node[() if part.layer is None else part.layer] = named[tensor.name][rows].reshape(part.shape)
-    return tree
-
-
-def test_logits_and_gradients(mesh, published):
+def test_logits_loss_and_gradients(mesh, published):
     folder, net = published
     opened = open_model(folder)
-    config, params = opened.config, load_params(opened, dtype="float32", stacked=True)
-    ids = tokens_of(config)
-    tokens, targets = ids[:, :-1].astype(np.int32), ids[:, 1:].astype(np.int32)
-    positions = np.tile(np.arange(16, dtype=np.int32), (2, 1))
-
-    expected = net(torch.tensor(ids[:, :-1])).logits
-    assert_close(logits(config, params, tokens, positions)[0], expected.detach())
-
-    torch.nn.functional.cross_entropy(expected.flatten(0, 1), torch.tensor(ids[:, 1:]).flatten()).backward()
-
-    def loss(params):
-        hidden, _ = model.forward(config, params, tokens, positions)
-        weights = np.ones(targets.shape, np.float32)
-        return chunked_cross_entropy(hidden, model.head(params), targets, weights) / targets.size
-
-    got = jax.jit(jax.grad(loss))(params)
-    want = tree_of(opened, {name: p.grad.numpy() for name, p in net.named_parameters()})
-    jax.tree.map_with_path(lambda path, a, b: assert_close(a, b, jax.tree_util.keystr(path)), got, want)
+    params = load_params(opened, dtype="float32", stacked=True)
+    ids = tokens_of(opened.config)
+    expected = net(torch.tensor(ids), labels=torch.tensor(ids))
+    expected.loss.backward()
+    outputs = (expected.loss.detach(), expected.logits.detach())
+    gradients = tree_of(opened, {name: p.grad.numpy() for name, p in net.named_parameters()})
+    assert_close(loss_and_gradients(opened.config, params, ids.astype(np.int32)), (outputs, gradients))
 
 
 def test_decoding_with_a_cache(mesh, published):
     folder, net = published
     opened = open_model(folder)
-    config, params = opened.config, load_params(opened, dtype="float32", stacked=False)
-    ids = tokens_of(config)
+    ids = tokens_of(opened.config)
     with torch.no_grad():
         expected = net(torch.tensor(ids)).logits.numpy()
-    cache, at = model.make_cache(config, 2, ids.shape[1]), 0
-    for length in (9, 1, 1, 1, 1, 4):
-        tokens = jnp.asarray(ids[:, at : at + length], jnp.int32)
-        positions = jnp.broadcast_to(jnp.arange(at, at + length, dtype=jnp.int32), tokens.shape)
-        got, cache = logits(config, params, tokens, positions, cache=cache)
-        assert_close(got, expected[:, at : at + length], f"tokens from {at}")
-        at += length
+    assert_decodes(opened.config, load_params(opened, dtype="float32", stacked=False), ids, expected)
 
 
 def test_export_opens_in_transformers_bit_for_bit(published, tmp_path):
@@ -145,9 +104,6 @@ def test_export_opens_in_transformers_bit_for_bit(published, tmp_path):
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_a_config_made_here_opens_in_transformers(kind, tmp_path):
     """Without a published config.json to go by: a model that was trained here."""
-    from tests.conftest import tiny_config
-    from tests.published import publish
-
     config = tiny_config(vocab_size=260, tie_embeddings=False, qk_norm=kind == "qwen3", qkv_bias=kind == "qwen2")
     tensors = publish(tmp_path / "published", config, hf.model_type_of(config))
     net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "published")

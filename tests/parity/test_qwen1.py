@@ -1,0 +1,123 @@
+"""The first generation, whose code transformers does not have, against a plain reference of its own."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax.weights.load import load_params
+from qwen_jax.weights.source import open_model
+from tests.conftest import tiny_config
+from tests.parity import qwen1_reference
+from tests.published import (
+    assert_close,
+    assert_decodes,
+    logits,
+    loss_and_gradients,
+    publish,
+    save_safetensors,
+    tree_of,
+)
+
+CONFIG = tiny_config(num_kv_heads=4, head_dim=8, tie_embeddings=False)
+IDS = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (2, 17)).astype(np.int32)
+OLD_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "ffn_hidden_size",
+    "max_position_embeddings": "n_positions",
+}
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder and its tensors by name; the matrices are small enough that no softmax saturates."""
+    drawn = publish(tmp_path / "qwen1", CONFIG, "qwen")
+    tensors = {name: 0.3 * array if array.ndim == 2 else array for name, array in drawn.items()}
+    save_safetensors(tmp_path / "qwen1/model.safetensors", tensors)
+    return tmp_path / "qwen1", tensors
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def reference(constants, tensors, ids):
+    """The logits [B, T, V]."""
+    return jax.vmap(functools.partial(qwen1_reference.logits, constants, tensors))(ids)
+
+
+def constants_of(folder):
+    return qwen1_reference.constants(json.loads((folder / "config.json").read_text()))
+
+
+def our_logits(folder):
+    opened = open_model(folder)
+    params = load_params(opened, dtype="float32", stacked=True)
+    positions = np.tile(np.arange(IDS.shape[1], dtype=np.int32), (2, 1))
+    return np.asarray(logits(opened.config, params, IDS, positions)[0])
+
+
+def test_logits_loss_and_gradients(mesh, published):
+    folder, tensors = published
+    opened = open_model(folder)
+
+    def loss(tensors):
+        logits = reference(constants_of(folder), tensors, IDS)
+        scores = jax.nn.log_softmax(logits[:, :-1])
+        return -jnp.take_along_axis(scores, IDS[:, 1:, None], axis=-1).mean(), logits
+
+    outputs, gradients = jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(tensors))
+    params = load_params(opened, dtype="float32", stacked=True)
+    assert_close(loss_and_gradients(opened.config, params, IDS), (outputs, tree_of(opened, gradients)))
+
+
+def test_decoding_with_a_cache(mesh, published):
+    folder, tensors = published
+    opened = open_model(folder)
+    params = load_params(opened, dtype="float32", stacked=False)
+    assert_decodes(opened.config, params, IDS, reference(constants_of(folder), tensors, IDS))
+
+
+def test_both_key_sets_of_config_json_say_the_same(published):
+    folder, _ = published
+    values = json.loads((folder / "config.json").read_text())
+    assert values.keys() >= OLD_NAMES.keys()
+    constants = constants_of(folder)
+    old = {OLD_NAMES.get(name, name): value for name, value in values.items()}
+    (folder / "config.json").write_text(json.dumps(old))
+    assert open_model(folder).config == CONFIG
+    assert constants_of(folder) == constants
+
+
+def reordered(order):
+    """What gives query, key and value each other's rows."""
+
+    def reorder(array):
+        parts = np.split(array, 3)
+        return np.concatenate([parts["qkv".index(letter)] for letter in order])
+
+    return lambda tensors: {name: reorder(x) if ".c_attn." in name else x for name, x in tensors.items()}
+
+
+def exchanged(tensors):
+    """With w1 and w2 exchanged."""
+    other = {"w1": "w2", "w2": "w1"}
+    return {".".join(other.get(part, part) for part in name.split(".")): x for name, x in tensors.items()}
+
+
+CHANGES = {"kqv": reordered("kqv"), "vkq": reordered("vkq"), "qvk": reordered("qvk"), "w2 w1": exchanged}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_each_part_has_a_role_of_its_own(mesh, published, change):
+    """A reader that took one part for another would compute the logits of a changed file, and these are far off."""
+    folder, tensors = published
+    want = np.asarray(reference(constants_of(folder), tensors, IDS))
+    save_safetensors(folder / "model.safetensors", change(tensors))
+    got = our_logits(folder)
+    assert np.abs(got - want).max() > 0.1 * np.abs(want).max()
+    assert_close(got, reference(constants_of(folder), change(tensors), IDS))
