@@ -18,6 +18,14 @@ from qwen_jax.ops.loss import chunked_cross_entropy
 from qwen_jax.text.tokenizer import Tokenizer, train_bpe
 from qwen_jax.weights import hf, hf_config
 
+QWEN1_OLD_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "ffn_hidden_size",
+    "max_position_embeddings": "n_positions",
+}
+
 # Of the largest value: float32 on both sides, sums in another order, some layers deep.
 RELATIVE = 1e-5
 
@@ -73,10 +81,10 @@ def publish(
     return tensors
 
 
-def tree_of(opened, named):
-    """Arrays under published names as the stacked tree of parameters."""
-    tree = jax.tree.map(lambda like: np.zeros(like.shape, np.float32), model.abstract(opened.config))
-    for tensor in opened.table:
+def tree_of(config, table, named):
+    """Arrays under the published names of `table` as the stacked tree of parameters."""
+    tree = jax.tree.map(lambda like: np.zeros(like.shape, np.float32), model.abstract(config))
+    for tensor in table:
         for part, rows in zip(tensor.parts, tensor.rows, strict=True):
             node = tree
             for key in part.path.split("/"):

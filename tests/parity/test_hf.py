@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,14 +12,12 @@ from qwen_jax import model
 from qwen_jax.config import Score
 from qwen_jax.weights import hf, hf_config
 from tests.conftest import tiny_config
+from tests.published import assert_close, tree_of
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install -e '.[parity]'")
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install -e '.[parity]'")
 
 pytestmark = pytest.mark.filterwarnings("default")
-
-# float32 on both sides, sums in another order, some layers deep.
-PARITY = dict(rtol=1e-4, atol=2e-5)
 
 QWEN3 = dict(qkv_bias=False, qk_norm=True)
 MODELS = {
@@ -54,22 +51,6 @@ def oracle(config, folder):
     return net.eval()
 
 
-def tree_of(config, named):
-    """The stacked tree of the published tensors `named`."""
-    layers, tree = {}, {}
-    for tensor in hf.table(config, hf.model_type_of(config)):
-        for part, rows in zip(tensor.parts, tensor.rows, strict=True):
-            array = named[tensor.name].detach().numpy()[rows].reshape(part.shape)
-            layers.setdefault(part.path, []).append(array)
-    for path, arrays in layers.items():
-        *folders, name = path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = jnp.asarray(np.stack(arrays) if path.startswith("layers/") else arrays[0])
-    return tree
-
-
 def test_the_model_has_the_tensors_of_the_table_in_its_order(config, tmp_path):
     parameters = oracle(config, tmp_path).named_parameters()
     table = hf.table(config, hf.model_type_of(config))
@@ -89,7 +70,8 @@ def test_its_own_config_is_read_as_ours(config, tmp_path):
 
 def test_it_computes_what_ours_computes(mesh, config, tmp_path):
     net = oracle(config, tmp_path)
-    params = tree_of(config, dict(net.named_parameters()))
+    named = {name: p.detach().numpy() for name, p in net.named_parameters()}
+    params = tree_of(config, hf.table(config, hf.model_type_of(config)), named)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 16)).astype(np.int32)
     positions = np.tile(np.arange(16, dtype=np.int32), (2, 1))
     hidden, _ = jax.jit(model.forward, static_argnums=0)(config, params, tokens, positions)
@@ -97,4 +79,4 @@ def test_it_computes_what_ours_computes(mesh, config, tmp_path):
     with torch.no_grad():
         states = net.model(torch.tensor(tokens.astype(np.int64))).last_hidden_state
         expected = (net.score if config.score else net.lm_head)(states)
-    np.testing.assert_allclose(got, expected.numpy(), **PARITY)
+    assert_close(got, expected.numpy())

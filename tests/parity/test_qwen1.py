@@ -15,6 +15,7 @@ from qwen_jax.weights.source import open_model
 from tests.conftest import tiny_config
 from tests.parity import qwen1_reference
 from tests.published import (
+    QWEN1_OLD_NAMES,
     assert_close,
     assert_decodes,
     logits,
@@ -26,13 +27,6 @@ from tests.published import (
 
 CONFIG = tiny_config(num_kv_heads=4, head_dim=8, tie_embeddings=False)
 IDS = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (2, 17)).astype(np.int32)
-OLD_NAMES = {
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "intermediate_size": "ffn_hidden_size",
-    "max_position_embeddings": "n_positions",
-}
 
 
 @pytest.fixture
@@ -72,7 +66,9 @@ def test_logits_loss_and_gradients(mesh, published):
 
     outputs, gradients = jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(tensors))
     params = load_params(opened, dtype="float32", stacked=True)
-    assert_close(loss_and_gradients(opened.config, params, IDS), (outputs, tree_of(opened, gradients)))
+    assert_close(
+        loss_and_gradients(opened.config, params, IDS), (outputs, tree_of(opened.config, opened.table, gradients))
+    )
 
 
 def test_decoding_with_a_cache(mesh, published):
@@ -85,9 +81,9 @@ def test_decoding_with_a_cache(mesh, published):
 def test_both_key_sets_of_config_json_say_the_same(published):
     folder, _ = published
     values = json.loads((folder / "config.json").read_text())
-    assert values.keys() >= OLD_NAMES.keys()
+    assert values.keys() >= QWEN1_OLD_NAMES.keys()
     constants = constants_of(folder)
-    old = {OLD_NAMES.get(name, name): value for name, value in values.items()}
+    old = {QWEN1_OLD_NAMES.get(name, name): value for name, value in values.items()}
     (folder / "config.json").write_text(json.dumps(old))
     assert open_model(folder).config == CONFIG
     assert constants_of(folder) == constants

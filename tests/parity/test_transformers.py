@@ -74,7 +74,7 @@ def test_logits_loss_and_gradients(mesh, published):
     expected = net(torch.tensor(ids), labels=torch.tensor(ids))
     expected.loss.backward()
     outputs = (expected.loss.detach(), expected.logits.detach())
-    gradients = tree_of(opened, {name: p.grad.numpy() for name, p in net.named_parameters()})
+    gradients = tree_of(opened.config, opened.table, {name: p.grad.numpy() for name, p in net.named_parameters()})
     assert_close(loss_and_gradients(opened.config, params, ids.astype(np.int32)), (outputs, gradients))
 
 

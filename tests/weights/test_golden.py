@@ -25,7 +25,8 @@ def load(name):
     opened = open_model(GOLDEN / name)
     with SafetensorsFile(GOLDEN / name / "expected.safetensors") as file:
         expected = {name: file.read(name) for name in file.tensors}
-    gradients = tree_of(opened, {tensor.name: expected[f"gradient.{tensor.name}"] for tensor in opened.table})
+    named = {tensor.name: expected[f"gradient.{tensor.name}"] for tensor in opened.table}
+    gradients = tree_of(opened.config, opened.table, named)
     return opened, load_params(opened, dtype="float32", stacked=True), expected, gradients
 
 

@@ -16,6 +16,7 @@ from qwen_jax.config import ModelConfig, Rope, Score
 from qwen_jax.errors import ModelError
 from qwen_jax.weights import hf, hf_config
 from tests.conftest import tiny_config
+from tests.published import QWEN1_OLD_NAMES
 
 CONFIGS = Path(__file__).parents[3] / "shared" / "data" / "hf-configs"
 needs_published = pytest.mark.skipif(not CONFIGS.is_dir(), reason="needs ../shared/data with published configs")
@@ -47,14 +48,7 @@ QWEN1 = {
     "use_logn_attn": True,
     "vocab_size": 96,
 }
-_OLD_NAMES = {
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "intermediate_size": "ffn_hidden_size",
-    "max_position_embeddings": "n_positions",
-}
-QWEN1_OLD = {_OLD_NAMES.get(name, name): value for name, value in QWEN1.items()}
+QWEN1_OLD = {QWEN1_OLD_NAMES.get(name, name): value for name, value in QWEN1.items()}
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],
     "attention_dropout": 0.0,
