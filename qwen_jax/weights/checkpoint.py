@@ -71,7 +71,7 @@ class Checkpoint:
         try:
             return (self.path / name).read_bytes()
         except OSError as error:
-            raise FileError(f"{self.path / name} cannot be read: {_reason(error)}") from error
+            raise FileError(f"{self.path / name} cannot be read: {reason(error)}") from error
 
     def load(self, item: str, like: Any) -> Any:
         """The arrays of an item, in the tree and on the shardings of `like`; nothing of other items is read.
@@ -98,7 +98,7 @@ class Checkpoint:
         try:
             arrays = ocp.load(str(self.path / ARRAYS), target, checkpointable_name=item)
         except Exception as error:  # TensorStore's errors have no class of their own
-            raise ModelError(f"checkpoint {self.path}: {item} cannot be loaded: {_reason(error)}") from error
+            raise ModelError(f"checkpoint {self.path}: {item} cannot be loaded: {reason(error)}") from error
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
 
 
@@ -226,7 +226,7 @@ class Checkpoints:
         return None if step is None else Checkpoint(self._root / folder_name(step), verified=ITEMS)
 
     def _not_saved(self, step: int, error: Exception) -> FileError:
-        return FileError(f"step {step} could not be saved in {self._root}: {_reason(error)}")
+        return FileError(f"step {step} could not be saved in {self._root}: {reason(error)}")
 
     def _make_room(self, step: int, temporary: Path) -> None:
         """Makes the temporary folder, and removes those of saves that were killed."""
@@ -240,7 +240,7 @@ class Checkpoints:
                 raise FileError(f"{final} exists: step {step} is saved already, or the folder is not ours")
             temporary.mkdir()
         except OSError as error:
-            raise FileError(f"checkpoints cannot be written to {self._root}: {_reason(error)}") from error
+            raise FileError(f"checkpoints cannot be written to {self._root}: {reason(error)}") from error
 
     def _delete_older_than(self, step: int) -> None:
         """Leaves, of the steps up to this one, as many as are to be kept."""
@@ -250,7 +250,7 @@ class Checkpoints:
             try:
                 _delete(folder)
             except OSError as error:
-                self._warn(f"old checkpoint {folder} could not be deleted: {_reason(error)}")
+                self._warn(f"old checkpoint {folder} could not be deleted: {reason(error)}")
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
@@ -296,7 +296,7 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name.lstrip('.')}.deleted")))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Why a file could not be read or written, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

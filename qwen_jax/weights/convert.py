@@ -8,13 +8,15 @@ of it is on the disk and has been read back and compared: then it holds certific
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -24,8 +26,9 @@ from qwen_jax.command import Parser, run_command
 from qwen_jax.errors import ConfigError, FileError, ModelError
 from qwen_jax.weights import hf, publish
 from qwen_jax.weights.checkpoint import Checkpoint
+from qwen_jax.weights.manifest import sync
 from qwen_jax.weights.progress import Bytes
-from qwen_jax.weights.sinks import NativeSink, PublishedSink, Sink
+from qwen_jax.weights.sinks import NativeSink, PublishedSink, Sink, write_files
 from qwen_jax.weights.source import Model, NativeCheckpoint, Piece, PublishedFolder, open_model, pieces
 from qwen_jax.weights.verify import Certificate, add_model_options, certify, in_threads, to_json
 
@@ -47,23 +50,26 @@ def convert(source: Model, target: Path, *, to: str, dtype: str | None, say: Cal
     """
     dtypes = _dtypes(source, to, dtype)
     size = sum(dtypes[tensor.name].itemsize * math.prod(tensor.shape) for tensor in source.table)
-    partial = _make_partial(source.path, target, size)
+    target = Path(os.path.realpath(target))  # a folder cannot be renamed onto a link
+    make = _published if to == "hf" else _native
     try:
-        start = time.perf_counter()
-        with Bytes("converting", size) as progress:
-            sink = _published(source, partial, dtypes) if to == "hf" else _native(source, partial, dtypes)
-            _copy(source, sink, dtypes, progress.advance)
-            sink.close()
-        seconds = time.perf_counter() - start
-        say(f"{len(source.table)} tensors, {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e6 / seconds:.0f} MB/s)")
-        with Bytes("verifying", size) as progress:
-            certificate = _certify_copy(source, _reopen(partial, to), progress.advance)
-        (partial / CERTIFICATE).write_text(to_json(certificate), encoding="utf-8")
-        os.rename(partial, target)
+        _check_target(source.path, target)
+        with _partial_folder(target) as partial:
+            _check_room(target, size)
+            start = time.perf_counter()
+            sink = make(source, partial, dtypes)
+            with Bytes("converting", size) as progress, sink:
+                _copy(source, sink, dtypes, progress.advance)
+            seconds = time.perf_counter() - start
+            speed = f"{size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e6 / seconds:.0f} MB/s)"
+            say(f"{len(source.table)} tensors, {speed}")
+            with Bytes("verifying", size) as progress, _reopen(partial, to) as copy:
+                certificate = _certify_copy(source, copy, progress.advance)
+            write_files(partial, {CERTIFICATE: to_json(certificate).encode()})
+            os.rename(partial, target)
+            sync(target.parent)
     except OSError as error:
         raise FileError(f"{target} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     say(f"every tensor reads back equal: {target / CERTIFICATE}")
 
 
@@ -84,7 +90,10 @@ def _certify_copy(source: Model, copy: Model, advance: Callable[[int], None]) ->
     def check(piece: Piece, values: np.ndarray) -> None:
         wanted = source.read(piece).astype(values.dtype, copy=False)
         if not np.array_equal(_words(wanted), _words(values)):
-            raise ModelError(f"{piece.tensor.name} reads back with other values from {copy.path}: is the disk sound?")
+            raise ModelError(
+                f"{piece.tensor.name} reads back with other values from {copy.path}: "
+                f"is the disk sound, and has nobody changed {source.path} meanwhile?"
+            )
 
     return certify(copy, advance=advance, check=check)
 
@@ -108,25 +117,57 @@ def _dtypes(source: Model, to: str, dtype: str | None) -> dict[str, np.dtype]:
     return stored
 
 
-def _make_partial(source: Path, target: Path, size: int) -> Path:
-    """The folder, beside `target`, that is written and then renamed; what a killed conversion left there is removed."""
-    target, source = target.resolve(), source.resolve()
+def _check_target(source: Path, target: Path) -> None:
+    """Raises ConfigError or FileError unless a new folder can take the place of `target`."""
+    source = source.resolve()
     if target == source or target in source.parents or source in target.parents:
         raise ConfigError(f"{target} and the model in {source} overlap; choose another folder to write to")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise FileError(f"{target} exists and is not an empty folder; choose another one, or remove it")
+    if target.is_mount():
+        raise FileError(f"{target} is a mount point, which cannot be replaced; choose a folder in it")
+
+
+@contextlib.contextmanager
+def _partial_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target`, to be renamed to it; removed if that does not come to pass.
+
+    What a killed conversion left there goes first. The lock tells it from one that still runs: the system frees a lock
+    when its process dies.
+    """
     partial = target.with_name(f".{target.name}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        free = shutil.disk_usage(partial).free
-    except OSError as error:
-        raise FileError(f"{target} cannot be written: {error.strerror}") from error
+        _lock(lock, target)
+        for left in partial.iterdir():
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+
+
+def _lock(descriptor: int, target: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileError(f"{target} is being written by another conversion; wait for it, or choose another") from None
+    except OSError:  # not every file system can lock a folder, NFS for one
+        pass
+
+
+def _check_room(target: Path, size: int) -> None:
+    free = shutil.disk_usage(target.parent).free
     if free < size:
-        partial.rmdir()
         raise FileError(f"{target} needs {size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left; make room")
-    return partial
 
 
 def _published(source: Model, folder: Path, dtypes: Mapping[str, np.dtype]) -> Sink:
@@ -155,9 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of the command line `arguments` (default: this process's)."""
     options = parse(arguments)
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the TPU to whom it belongs
-    source = open_model(options.src, allow_pickle_format=options.allow_pickle_format, warn=_say)
-    to = options.to or ("native" if isinstance(source, PublishedFolder) else "hf")
-    convert(source, options.dst.expanduser(), to=to, dtype=options.dtype, say=_say)
+    with open_model(options.src, allow_pickle_format=options.allow_pickle_format, warn=_say) as source:
+        to = options.to or ("native" if isinstance(source, PublishedFolder) else "hf")
+        convert(source, Path(os.path.expanduser(options.dst)), to=to, dtype=options.dtype, say=_say)
     return 0
 
 

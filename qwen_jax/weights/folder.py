@@ -35,6 +35,8 @@ class _Format:
     index: str
 
 
+# No separator, no "..", no hidden file, nothing that a terminal or a shell would read in its own way.
+_PLAIN_NAME = re.compile(r"\w[\w.+-]{,200}")
 _SAFETENSORS = _Format(
     open=SafetensorsFile, suffix=".safetensors", single="model.safetensors", index="model.safetensors.index.json"
 )
@@ -107,9 +109,14 @@ def open_folder(folder: Path, *, allow_pickle_format: bool) -> Tensors:
             f"{folder / name} is in PyTorch's pickle format: use weights in safetensors, or pass --allow-pickle-format"
         )
     if name != kind.index:
-        shard = kind.open(_inside(folder, name))
+        shard = kind.open(inside(folder, name))
         return Tensors(shards={name: shard}, weight_map=dict.fromkeys(shard.tensors, name))
-    return _open_index(folder, kind)
+    return _open_index(folder, kind, names)
+
+
+def is_plain_name(name: object, suffix: str) -> bool:
+    """Whether a name that comes from strangers is that of a file in the folder itself, of this kind."""
+    return isinstance(name, str) and _PLAIN_NAME.fullmatch(name) is not None and name.endswith(suffix)
 
 
 def _choose(folder: Path, names: set[str]) -> tuple[_Format, str]:
@@ -118,23 +125,24 @@ def _choose(folder: Path, names: set[str]) -> tuple[_Format, str]:
         found = [name for name in (kind.index, kind.single) if name in names]
         if not found and kind is _SAFETENSORS:
             found = sorted(name for name in names if name.endswith(kind.suffix) and not name.startswith("."))
+            if len(found) == 1 and not is_plain_name(found[0], kind.suffix):
+                raise ModelError(f"{folder}: its weights are in {quoted(found[0])}; rename it to {kind.single}")
         if len(found) > 1:
-            raise ModelError(
-                f"{folder} has {' and '.join(found[:2])}, and one is wanted: take away what is not current"
-            )
+            both = " and ".join(name if name.isprintable() else quoted(name) for name in found[:2])
+            raise ModelError(f"{folder} has {both}, and one is wanted: take away what is not current")
         if found:
             return kind, found[0]
     raise ModelError(f"{folder} has no weights: {_SAFETENSORS.single} or {_SAFETENSORS.index} is wanted")
 
 
-def _open_index(folder: Path, kind: _Format) -> Tensors:
-    weight_map = _read_weight_map(_inside(folder, kind.index), kind)
+def _open_index(folder: Path, kind: _Format, names: set[str]) -> Tensors:
+    weight_map = _read_weight_map(inside(folder, kind.index), kind)
     holds = {shard: name for name, shard in weight_map.items()}  # one tensor of each file
     for shard, name in holds.items():
-        if not (folder / shard).exists():
+        if shard not in names:
             raise ModelError(f"{folder / shard} is missing, and {kind.index} says that it holds {quoted(name)}")
     with contextlib.ExitStack() as stack:
-        shards = {shard: stack.enter_context(kind.open(_inside(folder, shard))) for shard in holds}
+        shards = {shard: stack.enter_context(kind.open(inside(folder, shard))) for shard in holds}
         _check_agreement(weight_map, shards, kind.index)
         stack.pop_all()
     return Tensors(shards=shards, weight_map=weight_map)
@@ -153,8 +161,7 @@ def _read_weight_map(path: Path, kind: _Format) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path} has no weight_map of tensors to files; download it again")
     for name, shard in weight_map.items():
-        # No separator, no "..", no hidden file, nothing that a terminal or a shell would read in its own way.
-        if not isinstance(shard, str) or not re.fullmatch(r"\w[\w.+-]*", shard) or not shard.endswith(kind.suffix):
+        if not is_plain_name(shard, kind.suffix):
             raise ModelError(
                 f"{path}: the file of {quoted(name)} is {quoted(shard)}, "
                 f"not a plain name of a {kind.suffix} file beside the index; do not use these weights"
@@ -176,14 +183,18 @@ def _check_agreement(weight_map: Mapping[str, str], shards: Mapping[str, Reader]
             raise ModelError(f"{shards[shard].path} does not hold {quoted(name)}, as {index} says; download both again")
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """The path of a file of a folder; links may not leave it, other than to where the Hugging Face cache keeps files.
 
     There, `models--X/snapshots/REVISION/NAME` is a link to `models--X/blobs/DIGEST`.
+
+    Raises ModelError for any other link, FileError if the system does not let it be followed.
     """
-    home = folder.resolve()
     try:
+        home = folder.resolve()
         target = (folder / name).resolve(strict=True).parent
+    except PermissionError as error:
+        raise FileError(f"{folder / name} cannot be read: {error.strerror}") from error
     except (OSError, RuntimeError) as error:  # a link to nothing, or to itself
         raise ModelError(f"{folder / name} is a link that leads nowhere: download it again") from error
     cached = home.parent.name == "snapshots" and target == home.parents[1] / "blobs"

@@ -129,6 +129,8 @@ def model_type_of(config: ModelConfig) -> ModelType:
 
 def check_model_type(config: ModelConfig, model_type: ModelType) -> None:
     """Raises ModelError where the architecture of that name cannot compute what `config` says."""
+    if model_type not in list(_NAMES):
+        raise ModelError(f"model_type is {model_type!r}, and known are {', '.join(_NAMES)}")
     wanted = {"qkv_bias": model_type != "qwen3", "qk_norm": model_type == "qwen3"}
     if model_type == "qwen":
         wanted |= {"num_kv_heads": config.num_heads, "width": config.num_heads * config.head_dim}
@@ -227,4 +229,4 @@ def _hints(names: Sequence[str], hints: Mapping[str, str]) -> Iterator[str]:
 
 def _few(items: Sequence[str]) -> str:
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""
-    return ", ".join(items[:3]) + more
+    return ", ".join(repr(item)[1:-1][:200] for item in items[:3]) + more  # a name may hold anything

@@ -11,8 +11,8 @@ import numpy as np
 
 from qwen_jax.config import DType
 from qwen_jax.text.tokenizer import END_OF_TEXT
-from qwen_jax.weights import hf_config, strict_json
-from qwen_jax.weights.source import Model
+from qwen_jax.weights import hf_config
+from qwen_jax.weights.source import Model, parse_json
 
 END_OF_TURN = "<|im_end|>"
 
@@ -26,10 +26,12 @@ def side_files(model: Model, dtypes: Mapping[str, np.dtype]) -> dict[str, bytes]
     Args:
       model: its own side files are the start.
       dtypes: of the weights that are written.
+
+    Raises ModelError for one that is not JSON.
     """
     files = model.side_files()
-    old = {name: strict_json.loads(contents) for name, contents in files.items() if name.endswith("_config.json")}
-    stored = strict_json.loads(files["config.json"]) if "config.json" in files else None
+    old = {name: parse_json(files[name], model.path / name) for name in files if name.endswith("config.json")}
+    stored = old.pop("config.json", None)
     config = model.config
     if any(dtypes[tensor.name] != model.dtype(tensor) for tensor in model.table):
         config = dataclasses.replace(config, param_dtype=_param_dtype(dtypes))

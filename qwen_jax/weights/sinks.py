@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import FileError
 from qwen_jax.weights import hf, manifest
 from qwen_jax.weights.safetensors import SafetensorsWriter
-from qwen_jax.weights.source import INDEX, Piece, piece_rows
+from qwen_jax.weights.source import INDEX, Piece, piece_rows, stacked_shapes
 from qwen_jax.weights.stored import ArrayWriter
 from qwen_jax.weights.tensors import TensorInfo
 
@@ -22,11 +22,16 @@ SHARD_BYTES = 5 * 10**9  # of one file, as other tools have it
 
 
 class Sink(Protocol):
-    """Takes every piece of a model once, from any thread, and is complete when close() returns."""
+    """Takes every piece of a model once, from any thread.
+
+    A context manager: what is written is complete when the `with` block has ended well, and nothing stays open if not.
+    """
 
     def write(self, piece: Piece, values: np.ndarray) -> None: ...
 
-    def close(self) -> None: ...
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None: ...
 
 
 class PublishedSink:
@@ -59,21 +64,28 @@ class PublishedSink:
         # A file may hold the head of a model whose head is its embedding: the same values under a second name.
         self._second = {name: table[0] for file in layout.values() for name in file["tensors"] if name not in infos}
         infos |= {name: infos[tensor.name] for name, tensor in self._second.items()}
-        self._closing = contextlib.ExitStack()
         self._writers: dict[str, SafetensorsWriter] = {}
         for file, contents in layout.items():
             here = {name: infos[name] for name in contents["tensors"]}
-            writer = self._closing.enter_context(SafetensorsWriter(folder / file, here, contents["metadata"]))
+            writer = SafetensorsWriter(folder / file, here, contents["metadata"])
             self._writers |= dict.fromkeys(here, writer)
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as opened:
+            for writer in dict.fromkeys(self._writers.values()):
+                opened.enter_context(writer)
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        self._opened.__exit__(kind, *rest)
+        if kind is None:
+            write_files(self._folder, self._side_files)
 
     def write(self, piece: Piece, values: np.ndarray) -> None:
         rows = values.reshape(-1, *piece.tensor.shape[1:])
         for name in (piece.tensor.name, *(name for name, first in self._second.items() if first is piece.tensor)):
             self._writers[name].write(name, rows, start=piece.rows.start)
-
-    def close(self) -> None:
-        self._closing.close()
-        write_files(self._folder, self._side_files)
 
 
 class NativeSink:
@@ -97,24 +109,25 @@ class NativeSink:
         files: Mapping[str, bytes],
     ) -> None:
         self._folder, self._meta, self._files = folder, dict(meta), dict(files)
-        dtype = np.dtype(config.param_dtype)
-        parts = {part.path: part for tensor in table for part in tensor.parts}
-        depth = {path: () if part.layer is None else (config.num_layers,) for path, part in parts.items()}
-        self._shapes = {path: depth[path] + part.shape for path, part in parts.items()}
-        self._dtype = dtype
-        chunks = {
-            path: (1,) * len(depth[path]) + (piece_rows(part.shape, dtype.itemsize), *part.shape[1:])
-            for path, part in parts.items()
-        }
-        self._arrays = ArrayWriter(
-            folder, "params", {path: (self._shapes[path], dtype, chunks[path]) for path in parts}
-        )
+        self._dtype = np.dtype(config.param_dtype)
+        self._shapes = stacked_shapes(table, config.num_layers)
+        arrays = {}
+        for part in {part.path: part for tensor in table for part in tensor.parts}.values():
+            rows = (piece_rows(part.shape, self._dtype.itemsize), *part.shape[1:])
+            chunk = rows if part.layer is None else (1, *rows)
+            arrays[part.path] = (self._shapes[part.path], self._dtype, chunk)
+        self._arrays = ArrayWriter(folder, "params", arrays)
 
     def write(self, piece: Piece, values: np.ndarray) -> None:
         layer = () if piece.part.layer is None else (1,)
         self._arrays.write(piece.part.path, piece.index, values.reshape(layer + piece.shape))
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        if kind is not None:
+            return
         write_files(self._folder, self._files)
         arrays = {path: {"shape": list(shape), "dtype": str(self._dtype)} for path, shape in self._shapes.items()}
         manifest.Manifest.seal(self._folder, step=0, meta=self._meta, arrays={"params": arrays})

@@ -8,10 +8,11 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -20,8 +21,9 @@ from qwen_jax.errors import FileError, ModelError
 from qwen_jax.text import Tokenizer
 from qwen_jax.weights import hf, hf_config, hub, manifest, strict_json
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
-from qwen_jax.weights.folder import open_folder
+from qwen_jax.weights.folder import inside, is_plain_name, open_folder
 from qwen_jax.weights.stored import StoredArrays
+from qwen_jax.weights.tensors import RegularFile, quoted
 
 INDEX = "model.safetensors.index.json"
 PIECE_BYTES = 8 * 2**20  # small enough for the allocator to use the same memory again
@@ -42,7 +44,8 @@ SIDE_FILES = (
     "LICENSE",
     "NOTICE",
 )
-SIDE_FILE_BYTES = 100 * 2**20
+SIDE_FILES_BYTES = 64 * 2**20  # of all together; the largest published have 20 million
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +85,14 @@ def piece_rows(shape: Sequence[int], itemsize: int) -> int:
     return max(1, min(shape[0], PIECE_BYTES // max(1, itemsize * math.prod(shape[1:]))))
 
 
+def stacked_shapes(table: Sequence[hf.Tensor], num_layers: int) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of each of our arrays that these tensors are made of, its layers stacked."""
+    parts = [part for tensor in table for part in tensor.parts]
+    return {part.path: part.shape if part.layer is None else (num_layers, *part.shape) for part in parts}
+
+
 class Model(abc.ABC):
-    """What there is to know of a model without its weights, and its weights piece by piece.
+    """What there is to know of a model without its weights, and its weights piece by piece. Open until close().
 
     Attributes:
       path: folder it is in.
@@ -118,6 +127,16 @@ class Model(abc.ABC):
     def tokenizer(self) -> Tokenizer:
         """Raises FileError if there is none."""
 
+    @abc.abstractmethod
+    def close(self) -> None:
+        """No weights can be read afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @property
     def nbytes(self) -> int:
         """Of all weights as stored."""
@@ -129,18 +148,20 @@ class PublishedFolder(Model):
 
     def __init__(self, path: Path, *, allow_pickle_format: bool = False) -> None:
         self.path = path
-        values = read_json(path / "config.json")
+        self.chat = False
+        self._side_files = _read_side_files(path)
+        values = parse_json(self._side_files["config.json"], path / "config.json")
         self.config = hf_config.from_hf(values, where=str(path / "config.json"))
         self.model_type = values["model_type"]
         self.table = hf.table(self.config, self.model_type)
         self.files = open_folder(path, allow_pickle_format=allow_pickle_format)
-        shapes = {name: info.shape for name, info in self.files.tensors.items()}
-        second = hf.match(self.table, shapes, where=str(path))
-        for name, same in second.items():
-            self._check_equal(name, same)
-        self.chat = False
+        try:
+            second = self._check_tensors()
+        except BaseException:
+            self.close()
+            raise
         self.layout = self.files.layout
-        if len(shapes) != len(self.table) + len(second):
+        if len(self.files.tensors) != len(self.table) + len(second):
             self.layout = None  # a file of ours would lack the buffers that are in these
 
     def dtype(self, tensor: hf.Tensor) -> np.dtype:
@@ -150,10 +171,28 @@ class PublishedFolder(Model):
         return self.files.read(piece.tensor.name, (piece.rows,)).reshape(piece.shape)
 
     def side_files(self) -> dict[str, bytes]:
-        return {name: _read(self.path / name) for name in SIDE_FILES if (self.path / name).is_file()}
+        return dict(self._side_files)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.path)
+
+    def close(self) -> None:
+        self.files.close()
+
+    def _check_tensors(self) -> dict[str, str]:
+        """What hf.match returns. Raises ModelError unless the tensors are those of the table, and not quantised."""
+        second = hf.match(
+            self.table, {name: info.shape for name, info in self.files.tensors.items()}, where=str(self.path)
+        )
+        for tensor in self.table:
+            if str(self.dtype(tensor)) not in _FLOATS:
+                raise ModelError(
+                    f"{self.files.where(tensor.name)} is {self.dtype(tensor)}, and {', '.join(_FLOATS)} are read: "
+                    "take the unquantised model"
+                )
+        for name, same in second.items():
+            self._check_equal(name, same)
+        return second
 
     def _check_equal(self, name: str, same: str) -> None:
         """Some files store a tied head beside the embedding. It must not say something else."""
@@ -181,7 +220,10 @@ class NativeCheckpoint(Model):
         self.layout = origin.get("layout")
         self.chat = checkpoint.meta.get("chat", False)
         self.table = hf.table(self.config, self.model_type)
-        self._arrays = StoredArrays(checkpoint.path, "params")
+        if self.layout is not None:
+            _check_layout(self.layout, self.table, self.path / manifest.FILE_NAME)
+        shapes = stacked_shapes(self.table, self.config.num_layers)
+        self._arrays = StoredArrays(checkpoint.path, "params", shapes, np.dtype(self.config.param_dtype))
 
     def dtype(self, tensor: hf.Tensor) -> np.dtype:
         return np.dtype(self.config.param_dtype)
@@ -194,6 +236,9 @@ class NativeCheckpoint(Model):
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_bytes(self.checkpoint.read("tokenizer.json"))
+
+    def close(self) -> None:
+        self._arrays.close()
 
 
 def open_model(
@@ -209,30 +254,57 @@ def open_model(
 
     Raises FileError if there is nothing of that name, ModelError if it cannot be used.
     """
-    path = Path(reference).expanduser()
-    # "runs/mine" reads as a name too; where there is a folder "runs", it is a run that is not there.
-    if not path.exists() and not path.parent.is_dir() and hub.is_name(str(reference)):
-        path = hub.download(str(reference), allow_pickle_format=allow_pickle_format)
-    if (path / "config.json").is_file() and not (path / manifest.FILE_NAME).exists():
-        return PublishedFolder(path.absolute(), allow_pickle_format=allow_pickle_format)
-    return NativeCheckpoint(open_checkpoint(path, warn=warn))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises FileError, or ModelError if there is none."""
+    path = Path(os.path.expanduser(reference)).absolute()  # Path.expanduser raises where there is no such user
     try:
-        return strict_json.loads(_read(path))
+        # "runs/mine" reads as a name too; where there is a folder "runs", it is a run that is not there.
+        if not path.exists() and not path.parent.is_dir() and hub.is_name(str(reference)):
+            path = hub.download(str(reference), allow_pickle_format=allow_pickle_format)
+        if os.path.lexists(path / "config.json") and not (path / manifest.FILE_NAME).exists():
+            return PublishedFolder(path, allow_pickle_format=allow_pickle_format)
+        return NativeCheckpoint(open_checkpoint(path, warn=warn))
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def parse_json(contents: bytes, path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ModelError, with its path, if there is none."""
+    try:
+        return strict_json.loads(contents)
     except ValueError as error:
         raise ModelError(f"{path}: {error}") from error
 
 
-def _read(path: Path) -> bytes:
-    """The contents of a file that lies beside weights."""
+def _read_side_files(folder: Path) -> dict[str, bytes]:
+    """The contents of those SIDE_FILES there are: like weights, no pipes and no links that lead elsewhere."""
+    contents: dict[str, bytes] = {}
+    left = SIDE_FILES_BYTES
+    for name in SIDE_FILES:
+        if os.path.lexists(folder / name):
+            with RegularFile(inside(folder, name)) as file:
+                if file.size > left:
+                    raise ModelError(
+                        f"{file.path} has {file.size} bytes; all files beside weights may have {SIDE_FILES_BYTES}"
+                    )
+                contents[name] = file.read_bytes(0, file.size)
+                left -= file.size
+    return contents
+
+
+def _check_layout(layout: Any, table: Sequence[hf.Tensor], where: Path) -> None:
+    """Raises ModelError unless a layout puts each tensor of a table once into files of plain names.
+
+    It names files that will be written, and a checkpoint may be a stranger's.
+    """
+    shapes = {tensor.name: tensor.shape for tensor in table}
     try:
-        if not path.is_file():
-            raise ModelError(f"{path} is not a file")
-        if (size := path.stat().st_size) > SIDE_FILE_BYTES:
-            raise ModelError(f"{path} has {size} bytes; at most {SIDE_FILE_BYTES} are read")
-        return path.read_bytes()
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror}") from error
+        for file, contents in layout.items():
+            if not is_plain_name(file, ".safetensors") or not isinstance(contents["metadata"], dict | None):
+                raise ValueError(quoted(file))
+        names = [name for contents in layout.values() for name in contents["tensors"]]
+        second = hf.match(table, {name: shapes.get(name, table[0].shape) for name in names}, where=str(where))
+        if sorted(names) != sorted([*shapes, *second]):
+            raise ValueError("a tensor comes twice, or is none")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{where}: its layout is not one of safetensors files ({error}); do not use this checkpoint"
+        ) from error

@@ -16,27 +16,43 @@ import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 from qwen_jax.errors import FileError, ModelError
+from qwen_jax.weights.checkpoint import reason
 from qwen_jax.weights.steps import ARRAYS
 
 _OCDBT = "manifest.ocdbt"  # Orbax's default puts all arrays into one key-value store with this at its root
 
 
 class StoredArrays:
-    """Reads the arrays of an item of a checkpoint folder. Thread-safe."""
+    """Reads the arrays of an item of a checkpoint folder. Thread-safe.
 
-    def __init__(self, folder: Path, item: str) -> None:
-        self._root = folder / ARRAYS / item
+    Args:
+      folder: of the checkpoint.
+      item: such as "params".
+      shapes: path in the tree -> shape.
+      dtype: of every array.
+    """
+
+    def __init__(self, folder: Path, item: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> None:
+        self._root, self._shapes, self._dtype = folder / ARRAYS / item, shapes, dtype
         self._packed = (self._root / _OCDBT).exists()
         self._open: dict[str, Any] = {}
 
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A slice of the array at `path` in the tree. Raises ModelError if it cannot be read."""
+        """A slice of the array at `path` in the tree. Raises ModelError if it cannot be read, or is another array."""
         try:
             if path not in self._open:
-                self._open[path] = ts.open({"driver": "zarr3", "kvstore": self._store(path)}, read=True).result()
+                array = ts.open({"driver": "zarr3", "kvstore": self._store(path)}, read=True).result()
+                found, wanted = (array.dtype.numpy_dtype, array.shape), (self._dtype, self._shapes[path])
+                if found != wanted:
+                    raise ModelError(f"{self._root}: {path} is {_type(*found)}, and the model has {_type(*wanted)}")
+                self._open[path] = array
             return self._open[path][index].read().result()
         except ValueError as error:  # TensorStore's errors have no class of their own
-            raise ModelError(f"{self._root}: {path} cannot be read: {str(error).splitlines()[0][:200]}") from error
+            raise ModelError(f"{self._root}: {path} cannot be read: {reason(error)}") from error
+
+    def close(self) -> None:
+        """Lets go of what has been opened."""
+        self._open.clear()
 
     def _store(self, path: str) -> dict[str, Any]:
         if self._packed:
@@ -60,20 +76,27 @@ class ArrayWriter:
         context = ocp.Context()
         context.array.saving.use_ocdbt = False  # a plain file per chunk: nothing is rewritten as slices arrive
         context.array.saving.use_compression = False
-        with context:
-            placeholders = {path: np.zeros((1,) * len(shape), dtype) for path, (shape, dtype, _) in arrays.items()}
-            ocp.save_checkpointables(str(root), {item: placeholders})
-        self._open = {
-            path: ts.open(_spec(root / item / path, *array), create=True, delete_existing=True).result()
-            for path, array in arrays.items()
-        }
+        placeholders = {path: np.zeros((1,) * len(shape), dtype) for path, (shape, dtype, _) in arrays.items()}
+        try:
+            with context:
+                ocp.save_checkpointables(str(root), {item: placeholders})
+            self._open = {
+                path: ts.open(_spec(root / item / path, *array), create=True, delete_existing=True).result()
+                for path, array in arrays.items()
+            }
+        except ValueError as error:
+            raise FileError(f"{root} cannot be written: {reason(error)}") from error
 
     def write(self, path: str, index: tuple[slice, ...], values: np.ndarray) -> None:
         """Puts a slice of the array at `path` on the disk. Raises FileError if there is no room."""
         try:
             self._open[path][index].write(values, can_reference_source_data_indefinitely=True).result()
         except ValueError as error:
-            raise FileError(f"{path} cannot be written: {str(error).splitlines()[0][:200]}") from error
+            raise FileError(f"{path} cannot be written: {reason(error)}") from error
+
+
+def _type(dtype: np.dtype, shape: tuple[int, ...]) -> str:
+    return f"{dtype}{list(shape)}"
 
 
 def _spec(path: Path, shape: tuple[int, ...], dtype: np.dtype, chunk: tuple[int, ...]) -> dict[str, Any]:

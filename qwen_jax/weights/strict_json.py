@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 MAX_BYTES = 10 * 2**20
 MAX_MARKS = 400_000
-MAX_DIGITS = 20  # of 2^64
+MAX_DIGITS = 31  # of int(1e30), which transformers writes where a length has no limit
 
 
 def loads(text: bytes) -> dict[str, Any]:

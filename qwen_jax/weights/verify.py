@@ -7,6 +7,7 @@ models with equal certificates compute the same.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,7 +26,7 @@ from qwen_jax.command import Parser, run_command
 from qwen_jax.errors import FileError, ModelError
 from qwen_jax.weights import hf
 from qwen_jax.weights.progress import Bytes
-from qwen_jax.weights.source import Model, Piece, open_model, pieces
+from qwen_jax.weights.source import Model, NativeCheckpoint, Piece, PublishedFolder, open_model, pieces
 
 THREADS = min(8, 2 * (os.cpu_count() or 1))  # some wait for the disk while others hash; each holds a piece or two
 
@@ -106,7 +107,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 if the models are equal, 3 if not."""
     options = parse(arguments)
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the TPU to whom it belongs
-    models = [open_model(path, allow_pickle_format=options.allow_pickle_format) for path in (options.a, options.b)]
+    with contextlib.ExitStack() as opened:
+        models = [
+            opened.enter_context(open_model(path, allow_pickle_format=options.allow_pickle_format))
+            for path in (options.a, options.b)
+        ]
+        return _verify(models, options)
+
+
+def _verify(models: Sequence[PublishedFolder | NativeCheckpoint], options: argparse.Namespace) -> int:
     certificates = []
     for model in models:
         with Bytes(f"reading {model.path.name}", model.nbytes) as progress:

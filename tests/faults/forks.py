@@ -18,8 +18,12 @@ from pathlib import Path
 from typing import Any, Self
 
 ROOT = Path(__file__).parents[2]
-# One arena of malloc: each reserves 64 MiB of addresses, which would count against a limit on them.
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1"}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "XLA_FLAGS": "",  # compiled as users compile
+    "OPENBLAS_NUM_THREADS": "1",  # NumPy would start them when it is imported
+    "MALLOC_ARENA_MAX": "1",  # each arena reserves 64 MiB of addresses, which count against a limit on them
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

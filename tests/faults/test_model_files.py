@@ -64,9 +64,7 @@ def refuse(tmp_path, capfd):
 
 
 def cases(**spoils: tuple[Spoil, str]):
-    return pytest.mark.parametrize(
-        ("spoil", "words"), spoils.values(), ids=[name.replace("_", " ") for name in spoils]
-    )
+    return pytest.mark.parametrize(("spoil", "words"), spoils.values(), ids=[name.replace("_", " ") for name in spoils])
 
 
 def fields(file: str, **changes: object) -> Spoil:
@@ -143,7 +141,7 @@ def test_safetensors(folder, refuse, spoil, words):
     long=(place("model.norm.weight", "x" * 300 + ".safetensors"), "not a plain name"),
     long_in_bytes=(place("model.norm.weight", "é" * 180 + ".safetensors"), "is missing"),
     missing=(place("model.norm.weight", "x.safetensors"), "x.safetensors is missing"),
-    wrong_file=(place("model.norm.weight", ONE), f"does not hold 'model.norm.weight'"),
+    wrong_file=(place("model.norm.weight", ONE), f"holds 'model.norm.weight', which {INDEX} places in {ONE}"),
     link=(moved_out(TWO), "link out of the folder"),
     link_of_the_index=(moved_out(INDEX), "link out of the folder"),
     pipe=(replaced(TWO, os.mkfifo), "not a regular file"),
@@ -151,8 +149,7 @@ def test_safetensors(folder, refuse, spoil, words):
 )
 def test_indices_and_names(folder, refuse, spoil, words):
     spoil(folder)
-    line = refuse(folder)
-    assert words in line or "holds 'model.norm.weight'" in line
+    assert words in refuse(folder)
 
 
 @pytest.mark.parametrize("name", ["a\nb.safetensors", "\x1b[31m.safetensors", "a b.safetensors", "-rf.safetensors"])
@@ -220,7 +217,7 @@ SYSTEM = b"\x80\x02cos\nsystem\nX\x0c\x00\x00\x00touch canary\x85R."
 @cases(
     call=(pickled(SYSTEM), "'os system', which is not allowed"),
     getattr=(pickled(b"\x80\x02c__builtin__\ngetattr\n(tR."), "getattr"),
-    bomb=(pickled(b"\x80\x02)q\x00" + b"h\x00h\x00\x86q\x00" * 60_000 + b"."), "over 250000 opcodes"),
+    bomb=(pickled(b"\x80\x02)q\x00" + b"h\x00h\x00\x86q\x00" * 65_000 + b"."), "over 250000 opcodes"),
     compressed=(pickled(SYSTEM, zipfile.ZIP_DEFLATED), "compressed"),
     entry_outside=(pickled(SYSTEM, top="archive/.."), "does not need"),
     legacy=(both(pickled(b""), contents("pytorch_model.bin", lambda _: SYSTEM)), "before 1.6"),
@@ -295,9 +292,11 @@ def quantised(tensors: dict[str, np.ndarray]) -> None:
     untied_without_a_head=(weights(lambda t: t.pop("lm_head.weight")), "tie_word_embeddings: true"),
     tied_with_another_head=(weights(lambda t: None, tie_word_embeddings=True), "lm_head.weight differs from"),
     a_bias_is_missing=(
-        weights(lambda t: t.pop("model.layers.1.self_attn.k_proj.bias")), "missing: model.layers.1.self_attn.k_proj.bias"
+        weights(lambda t: t.pop("model.layers.1.self_attn.k_proj.bias")), "missing: model.layers.1.self_attn.k_proj.b"
     ),
-    another_family=(weights(lambda t: None, model_type="qwen3", head_dim=8), "is model_type right?"),
+    another_family=(
+        weights(lambda t: None, model_type="qwen3", architectures=["Qwen3ForCausalLM"]), "is model_type right?"
+    ),
     another_width=(weights(lambda t: None, intermediate_size=48), "wrong shape: "),
     more_layers=(weights(lambda t: None, num_hidden_layers=4), "missing: model.layers.3."),
     names_with_escapes=(weights(lambda t: t.update({"a\x1b[2J\nb": np.zeros(2, np.float32)})), r"known: a\x1b[2J\nb"),
@@ -322,6 +321,10 @@ def test_integers_are_no_weights(folder, refuse, dtype):
     assert "take the unquantised model" in refuse(folder, "--dtype", "bfloat16")
 
 
+def regex(pattern: str) -> dict[str, object]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
 def tokens(change: Callable[[dict], object]) -> Spoil:
     def spoil(folder: Path) -> None:
         values = json.loads(tiny_tokenizer().to_bytes())
@@ -334,16 +337,14 @@ def tokens(change: Callable[[dict], object]) -> Spoil:
 @cases(
     missing=(lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer in"),
     no_json=(contents("tokenizer.json", lambda data: data[:-9]), "not a tokenizer.json"),
-    an_id_twice=(tokens(lambda t: t["model"]["vocab"].update({"th": 65})), "gives id 65 to two tokens"),
+    an_id_twice=(tokens(lambda t: t["model"]["vocab"].update({"Ab": 65})), "gives id 65 to two tokens"),
     a_gap=(tokens(lambda t: t["added_tokens"][-1].update(id=400)), "without a gap"),
     more_tokens_than_rows=(
         weights(lambda t: t.update({name: t[name][:-1] for name in t if t[name].shape[0] == 260}), vocab_size=259),
         "260 tokens and the model a vocabulary of 259",
     ),
-    huge_pattern=(
-        tokens(lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(a|b)" * 10**6})), "at most"
-    ),
-    bad_pattern=(tokens(lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(\n"})), "tokenizer"),
+    huge_pattern=(tokens(lambda t: t["pre_tokenizer"].update(pretokenizers=[regex("(a|b)" * 10**6)])), "at most"),
+    bad_pattern=(tokens(lambda t: t["pre_tokenizer"].update(pretokenizers=[regex("(\n")])), "not a tokenizer.json: "),
     escapes=(tokens(lambda t: t["added_tokens"].append({"id": 260, "content": "\x1b[2J\n", "lstrip": True})), "lstrip"),
 )  # fmt: skip
 def test_tokenizers(folder, refuse, spoil, words):
@@ -406,7 +407,9 @@ def test_models_that_are_not_there(reference):
 
 def test_time_and_memory(folder, tmp_path, forks):
     """Files that are large, or become large when read, are refused before they are."""
-    many = b"{%s}" % b",".join(b'"%d":{"dtype":"U8","shape":[],"data_offsets":[%d,%d]}' % (i, i, i + 1) for i in range(10**6))
+    many = b"{%s}" % b",".join(
+        b'"%d":{"dtype":"U8","shape":[],"data_offsets":[%d,%d]}' % (i, i, i + 1) for i in range(10**6)
+    )
     header = lambda text: contents(ONE, lambda _: struct.pack("<Q", len(text)) + text)
     spoils: dict[str, Spoil] = {
         "a million tensors": header(many),
