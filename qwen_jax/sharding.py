@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -58,6 +59,43 @@ def axis_size(axis: Axis) -> int:
     """How many ways `axis` of the current mesh splits a dimension."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
+
+
+def platform() -> str:
+    """What the current mesh is of: "tpu", "cpu", "gpu" or "cuda"; the mesh may be of devices that are not there."""
+    return _abstract_device().platform
+
+
+def device_kind() -> str:
+    """The model of the current mesh's devices, such as "TPU v5 lite"."""
+    return _abstract_device().device_kind
+
+
+def _abstract_device():
+    # Asked of the mesh, since what a program is compiled for need not be what it is compiled on.
+    return jax.sharding.get_abstract_mesh().abstract_device
+
+
+def balanced_columns(length: int) -> np.ndarray:
+    """Which token of a sequence stands in each column of a batch, int [length].
+
+    The sequence is cut into 2 C pieces, C being the size of `context`, and device i has pieces i and 2 C - 1 - i
+    (zig-zag; The Llama 3 Herd of Models, 2024, section 3.3.2): late tokens see many keys and early ones few, and so
+    every device has the same share of causal attention. Without a context axis the order is that of the sequence.
+    """
+    columns, ways = np.arange(length), axis_size("context")
+    if ways == 1:
+        return columns
+    pieces = columns.reshape(2 * ways, -1)
+    return np.stack([pieces[:ways], pieces[: -ways - 1 : -1]], axis=1).ravel()
+
+
+def sequence_order(x: jax.Array, axis: int) -> jax.Array:
+    """The inverse: an array whose `axis` has the columns of `balanced_columns`, in the order of the sequence."""
+    ways, shape = axis_size("context"), x.shape
+    pieces = x.reshape(*shape[:axis], ways, 2, -1, *shape[axis + 1 :])
+    first, second = jnp.moveaxis(pieces, axis + 1, 0)
+    return jnp.concatenate([first, jnp.flip(second, axis)], axis).reshape(shape)
 
 
 def weight(letters: str, shape: Sequence[int]) -> P:

@@ -196,8 +196,11 @@ class TrainConfig:
                 f"accumulation={self.accumulation}), which must be a multiple of mesh.data * mesh.fsdp * mesh.expert "
                 f"= {mesh.row_shards}"
             )
-        if length % mesh.context:
-            raise ConfigError(f"data.sequence_length={length} must be a multiple of mesh.context={mesh.context}")
+        if mesh.context > 1 and length % (2 * mesh.context):
+            raise ConfigError(
+                f"data.sequence_length={length} must be a multiple of 2 * mesh.context = {2 * mesh.context}: each "
+                "device takes an early and a late piece of a sequence"
+            )
 
     def _check_model(self) -> None:
         model, mesh, length = self.model_config, self.mesh, self.data.sequence_length

@@ -17,9 +17,10 @@ _TYPES = {"tokens": np.int32, "targets": np.int32, "positions": np.int32, "segme
 def put_batch(rows: Rows, step: int, config: TrainConfig) -> Batch:
     """Batch `step` on the current mesh, every array [accumulation, rows of a micro-batch, T].
 
-    Each host reads only the rows that its devices hold.
+    Columns are in the order of `sharding.balanced_columns`. Each host reads only the rows that its devices hold.
     """
     size, accumulation = config.micro_batch_size, config.accumulation
+    order = sharding.balanced_columns(config.data.sequence_length)
 
     @functools.cache  # devices that differ only in context or tensor hold the same rows, and there are five arrays
     def read(start: int, stop: int) -> dict[str, np.ndarray]:
@@ -29,7 +30,7 @@ def put_batch(rows: Rows, step: int, config: TrainConfig) -> Batch:
     def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
         micro_batches, own, columns = index
         start, stop, _ = own.indices(size)
-        return read(start, stop)[name][micro_batches, :, columns]
+        return read(start, stop)[name][micro_batches][..., order[columns]]
 
     shape = (accumulation, size, config.data.sequence_length)
     # No axis splits "a": every device goes through all micro-batches.

@@ -36,12 +36,14 @@ class Qwen(nn.Module):
       scan: layers are one scanned block over stacked [L, ...] parameters; otherwise one block each.
       remat: what the backward pass recomputes: nothing, all but matrix products, or whole layers.
       attention: which implementation.
+      balanced: the columns are in the order of `sharding.balanced_columns`.
     """
 
     config: ModelConfig
     scan: bool
     remat: Remat = "none"
     attention: Implementation = "auto"
+    balanced: bool = False
 
     @nn.compact
     def __call__(
@@ -55,7 +57,7 @@ class Qwen(nn.Module):
         dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
         x = embed(tokens, Table((c.vocab_size, c.width), param_dtype, name="embed")(), dtype=dtype)
         turn = rotation(c.rope, positions, head_dim=c.head_dim, dtype=dtype)
-        mask = _mask(positions, segments, cache)
+        mask = _mask(positions, segments, cache, balanced=self.balanced)
         block = Block
         if self.remat != "none":
             # Under scan the loop itself keeps the recomputation from being merged with the forward pass.
@@ -92,7 +94,7 @@ def _split(*arrays: Array | None) -> list[Array | None]:
     return [x if x is None else jax.sharding.reshard(x, sharding.activation("bt", x.shape)) for x in arrays]
 
 
-def _mask(positions: Array, segments: Array | None, cache: Cache | None) -> Mask:
+def _mask(positions: Array, segments: Array | None, cache: Cache | None, *, balanced: bool) -> Mask:
     if cache is None:
         return Mask(
             query_positions=positions,
@@ -100,6 +102,7 @@ def _mask(positions: Array, segments: Array | None, cache: Cache | None) -> Mask
             query_segments=segments,
             key_segments=segments,
             aligned=True,
+            balanced=balanced,
         )
     batch, length = positions.shape
     slots = jnp.broadcast_to(jnp.arange(cache.length, dtype=positions.dtype), (batch, cache.length))
@@ -148,6 +151,7 @@ def forward(
     segments: Int[Array, "B T"] | None = None,
     remat: Remat = "none",
     attention: Implementation = "auto",
+    balanced: bool = False,
 ) -> tuple[Float[Array, "B T D"], None]: ...
 
 
@@ -161,6 +165,7 @@ def forward(
     cache: Cache | None = None,
     remat: Remat = "none",
     attention: Implementation = "auto",
+    balanced: bool = False,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """The hidden states of `tokens`, and the cache with them written to it.
 
@@ -173,12 +178,14 @@ def forward(
       cache: what came before.
       remat: what the backward pass recomputes.
       attention: which implementation.
+      balanced: columns are in the order of `sharding.balanced_columns`, which on a mesh with a `context` axis gives
+        each device the same work.
     """
     scan = "layers" in params
     if scan and cache is not None:
         raise ValueError("decoding takes parameters of one entry per layer: call unstack_layers(params) once before")
     arrays = _split(tokens, positions, segments)
-    out = Qwen(config, scan, remat, attention).apply({"params": params}, *arrays, cache)
+    out = Qwen(config, scan, remat, attention, balanced).apply({"params": params}, *arrays, cache)
     return cast(tuple[Array, Cache | None], out)
 
 

@@ -1,9 +1,10 @@
 """Softmax attention with grouped heads, one signature over several implementations.
 
 reference   the formula, with the whole [T, S] table in float32: the oracle of every other implementation
-xla         blocks of queries in plain XLA; what lies above the diagonal is skipped, and the backward pass
-            recomputes the probabilities from the log-sum-exp (FlashAttention-2, Dao 2023, section 3.1)
-auto        the fastest that can honour the request
+xla         blocks of queries in plain XLA
+pallas      our kernel for TPU; on CPU it is interpreted, for tests
+cudnn       cuDNN's kernel for NVIDIA GPUs, for masks without segments and windows
+auto        the fastest that can honour the request where it runs
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qwen_jax import sharding
-from qwen_jax.ops.mask import Mask
+from qwen_jax.errors import ConfigError
+from qwen_jax.ops.blockwise import blockwise
+from qwen_jax.ops.mask import HIDDEN, Mask
 
-Implementation = Literal["auto", "xla", "reference"]
+Implementation = Literal["auto", "pallas", "xla", "cudnn", "reference"]
 
-# Finite, so that a row that sees nothing (padding) has uniform probabilities instead of NaN.
-_HIDDEN = -1e30
+_MIN_QUERIES = 128  # with fewer, a block of the kernel is mostly empty, and reading the keys is all the work there is
 
 
 def attention(
@@ -36,13 +38,12 @@ def attention(
     """`softmax(q k^T / sqrt(H) + mask) v` per head; query head n uses kv head n // (N / K).
 
     Scores, softmax and sums are float32; probabilities take q's dtype for the product with v. Queries may be split
-    over `context`; keys and values are gathered along it.
+    over `context`; keys and values are gathered along it. Raises ConfigError if the implementation cannot do this.
     """
+    name = _choose(implementation, q, mask)
     k, v = _one_kv_head_per_device(k), _one_kv_head_per_device(v)
     queries, keys = sharding.activation("btnh", q.shape), sharding.activation("bksh", k.shape)
     by_query, by_key = P(*queries[:2]), P(queries[0], None)
-    whole_sequence = sharding.axis_size("context") == 1
-    mask = dataclasses.replace(mask, aligned=mask.aligned and whole_sequence)
     specs = dataclasses.replace(
         mask,
         query_positions=by_query,
@@ -53,7 +54,7 @@ def attention(
     )
     # Each device then has all it needs: the body has no communication, and is the same on any mesh.
     local = jax.shard_map(
-        reference if implementation == "reference" else blockwise,
+        {"reference": reference, "xla": _xla, "pallas": _pallas, "cudnn": _cudnn}[name],
         in_specs=(queries, keys, keys, specs),
         out_specs=queries,
         check_vma=False,
@@ -64,6 +65,31 @@ def attention(
             for x, s in zip((q, k, v, mask), (queries, keys, keys, specs), strict=True)
         )
     )
+
+
+def _choose(implementation: Implementation, q: Float[Array, "B T N H"], mask: Mask) -> Implementation:
+    """What computes this. Raises ConfigError if the implementation that was asked for cannot."""
+    platform = sharding.platform()
+    few = q.shape[1] < _MIN_QUERIES * sharding.axis_size("context")
+    # The kernel compares indices, which are positions of a cache, or of packed documents that are all there.
+    by_index = mask.aligned or mask.query_segments is None
+    if implementation == "auto":
+        return "pallas" if platform == "tpu" and by_index and not few else "xla"
+    if implementation == "pallas" and platform not in ("tpu", "cpu"):
+        raise ConfigError(f"attention='pallas' is a kernel for TPU and this mesh is of {platform}; choose 'auto'")
+    if implementation == "pallas" and not by_index:
+        raise ConfigError("attention='pallas' cannot compare packed documents with others; choose 'auto'")
+    if implementation == "cudnn":
+        reasons = {
+            f"this mesh is of {platform}": platform not in ("gpu", "cuda"),
+            f"q is {q.dtype}": q.dtype not in (jnp.bfloat16, jnp.float16),
+            "the rows are packed documents": mask.query_segments is not None,
+            "a layer has a window": mask.window is not None,
+            "queries and keys are not the same tokens": not mask.aligned or sharding.axis_size("context") > 1,
+        }
+        for reason in (reason for reason, holds in reasons.items() if holds):
+            raise ConfigError(f"attention='cudnn' cannot be used, since {reason}; choose 'auto'")
+    return implementation
 
 
 def _one_kv_head_per_device(x: Float[Array, "B K S H"]) -> Float[Array, "B R S H"]:
@@ -82,79 +108,59 @@ def reference(
     group = q.shape[2] // k.shape[1]
     k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
     scores = jnp.einsum("btnh,bnsh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    probs = jax.nn.softmax(jnp.where(mask.visible()[:, None], scores, _HIDDEN), axis=-1)
+    probs = jax.nn.softmax(jnp.where(mask.visible()[:, None], scores, HIDDEN), axis=-1)
     return jnp.einsum("bnts,bnsh->btnh", probs.astype(q.dtype), v, preferred_element_type=jnp.float32).astype(q.dtype)
 
 
-def blockwise(
+def _xla(
     q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Mask
 ) -> Float[Array, "B T N H"]:
-    """`reference`, one block of queries at a time."""
-    batch, length, heads, dim = q.shape
-    group = heads // k.shape[1]
-    # Heads that share a kv head become rows of one matrix: [B, K, T * G, H], token-major, so that a block of
-    # queries is a run of rows.
-    rows = q.reshape(batch, length, -1, group, dim).swapaxes(1, 2).reshape(batch, -1, length * group, dim)
-    out = _blockwise(rows, k, v, mask)
-    return out.reshape(batch, -1, length, group, dim).swapaxes(1, 2).reshape(q.shape)
+    # A part of the queries is not aligned with all the keys, but may be hidden from any of them.
+    return blockwise(q, k, v, dataclasses.replace(mask, aligned=mask.aligned and sharding.axis_size("context") == 1))
 
 
-@jax.custom_vjp
-def _blockwise(q, k, v, mask):
-    return _blockwise_forward(q, k, v, mask)[0]
+def _cudnn(
+    q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Mask
+) -> Float[Array, "B T N H"]:
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
-def _blocks(q, mask):
-    """(query tokens, their rows of q, visible keys) of each block, as slices."""
-    length, group = mask.query_positions.shape[1], q.shape[2] // mask.query_positions.shape[1]
-    # Small blocks skip more of the upper triangle; few blocks keep the program and each matmul's overhead small.
-    size = min(max(128, length // 8), 1024) if mask.aligned else 512
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        keys = slice(0, stop) if mask.aligned else slice(None)
-        yield slice(start, stop), slice(start * group, stop * group), keys
+def _pallas(
+    q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Mask
+) -> Float[Array, "B T N H"]:
+    from qwen_jax.kernels.flash_attention import flash_attention
+
+    key_segments = mask.key_segments
+    ways, length = sharding.axis_size("context"), q.shape[1]
+    if mask.balanced and ways > 1:
+        # Keys come in the order of the columns: in their own they need no positions to be compared.
+        k, v = sharding.sequence_order(k, 2), sharding.sequence_order(v, 2)
+        key_segments = None if key_segments is None else sharding.sequence_order(key_segments, 1)
+    outs = []
+    for columns, offset in _runs(mask, length):
+        out, _ = flash_attention(
+            q[:, columns].swapaxes(1, 2),
+            k,
+            v,
+            scale=q.shape[-1] ** -0.5,
+            query_segments=None if mask.query_segments is None else mask.query_segments[:, columns],
+            key_segments=key_segments,
+            window=mask.window,
+            query_offset=offset,
+            generation=sharding.device_kind(),
+            interpret=sharding.platform() == "cpu",
+        )
+        outs.append(out.swapaxes(1, 2))
+    return jnp.concatenate(outs, axis=1)
 
 
-def _scores(q, k, mask, tokens, keys):
-    """[B, K, rows, keys] in float32, hidden ones at _HIDDEN."""
-    scores = jnp.einsum("bkmh,bksh->bkms", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    visible = mask.visible(tokens, keys)[:, None, :, None]
-    batch, heads, rows, length = scores.shape
-    split = scores.reshape(batch, heads, visible.shape[2], -1, length)
-    return jnp.where(visible, split, _HIDDEN).reshape(scores.shape)
-
-
-def _blockwise_forward(q, k, v, mask):
-    outs, lses = [], []
-    for tokens, rows, keys in _blocks(q, mask):
-        scores = _scores(q[:, :, rows], k[:, :, keys], mask, tokens, keys)
-        top = scores.max(-1, keepdims=True)
-        probs = jnp.exp(scores - top)
-        total = probs.sum(-1, keepdims=True)
-        out = jnp.einsum("bkms,bksh->bkmh", probs.astype(q.dtype), v[:, :, keys], preferred_element_type=jnp.float32)
-        outs.append((out / total).astype(q.dtype))
-        lses.append(top + jnp.log(total))
-    out, lse = jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)
-    return out, (q, k, v, mask, out, lse)
-
-
-def _blockwise_backward(saved, dout):
-    q, k, v, mask, out, lse = saved
-    # Every score's gradient is p * (dp - delta), and delta is the same for a whole row.
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    dqs = []
-    dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for tokens, rows, keys in _blocks(q, mask):
-        q_block, dout_block, k_block, v_block = q[:, :, rows], dout[:, :, rows], k[:, :, keys], v[:, :, keys]
-        probs = jnp.exp(_scores(q_block, k_block, mask, tokens, keys) - lse[:, :, rows])
-        dprobs = jnp.einsum("bkmh,bksh->bkms", dout_block, v_block, preferred_element_type=jnp.float32)
-        dscores = (probs * (dprobs - delta[:, :, rows]) * q.shape[-1] ** -0.5).astype(q.dtype)
-        probs = probs.astype(q.dtype)
-        dqs.append(jnp.einsum("bkms,bksh->bkmh", dscores, k_block, preferred_element_type=jnp.float32).astype(q.dtype))
-        dk_block = jnp.einsum("bkms,bkmh->bksh", dscores, q_block, preferred_element_type=jnp.float32)
-        dv_block = jnp.einsum("bkms,bkmh->bksh", probs, dout_block, preferred_element_type=jnp.float32)
-        dk, dv = dk.at[:, :, keys].add(dk_block), dv.at[:, :, keys].add(dv_block)
-    return jnp.concatenate(dqs, axis=2), dk.astype(k.dtype), dv.astype(v.dtype), None
-
-
-_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+def _runs(mask: Mask, length: int) -> list[tuple[slice, Int[Array, ""] | Int[Array, " B"]]]:
+    """The columns of this device that follow each other in the sequence, and where among the keys each run begins."""
+    if not mask.aligned:
+        return [(slice(0, length), mask.query_positions[:, 0])]  # slots of a cache
+    device, ways = jax.lax.axis_index("context"), sharding.axis_size("context")
+    if not mask.balanced or ways == 1:
+        return [(slice(0, length), device * length)]
+    half = length // 2
+    return [(slice(0, half), device * half), (slice(half, length), (2 * ways - 1 - device) * half)]

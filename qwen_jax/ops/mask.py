@@ -7,6 +7,9 @@ import dataclasses
 import jax
 from jaxtyping import Array, Bool, Int
 
+# A hidden score. Finite, so that a row that sees nothing (padding) has uniform probabilities instead of NaN.
+HIDDEN = -1e30
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,8 +21,9 @@ class Mask:
       key_positions: [B, S]; keys with a later position than the query's are hidden.
       query_segments, key_segments: [B, T] and [B, S], or None; tokens see only tokens of their own segment.
       window: int32 scalar, how many of the latest keys are visible, its own included; None for all.
-      aligned: queries and keys are the same tokens in the same order (T == S), so that key s > t is hidden in
-        any case; lets an implementation skip what lies above the diagonal.
+      aligned: queries and keys are the same tokens in the same order (T == S), the one of the sequence, so that key
+        s > t is hidden in any case; lets an implementation skip what lies above the diagonal.
+      balanced: that order is the one of `sharding.balanced_columns`, which without a `context` axis is the same.
     """
 
     query_positions: Int[Array, "B T"]
@@ -28,6 +32,7 @@ class Mask:
     key_segments: Int[Array, "B S"] | None = None
     window: Int[Array, ""] | None = None
     aligned: bool = dataclasses.field(default=False, metadata={"static": True})
+    balanced: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def visible(self, queries: slice = slice(None), keys: slice = slice(None)) -> Bool[Array, "B T S"]:
         """The block of the mask for these queries and keys, as booleans."""

@@ -109,7 +109,7 @@ MESHES = [
 ]
 
 
-def loss_and_norm(config, sizes):
+def loss_and_norm(config, sizes, attention="auto"):
     devices = jax.devices()[: int(np.prod(list(sizes.values()), dtype=int))]
     rows, length = 8, 16
     tokens = ids(rows, length + 1)
@@ -118,15 +118,17 @@ def loss_and_norm(config, sizes):
     weights = np.linspace(0, 1, rows * length, dtype=np.float32).reshape(rows, length)
 
     def loss(params, tokens, targets, positions, segments, weights):
-        hidden, _ = model.forward(config, params, tokens, positions, segments=segments)
+        how = dict(segments=segments, attention=attention, balanced=True)
+        hidden, _ = model.forward(config, params, tokens, positions, **how)
         return chunked_cross_entropy(hidden, model.head(params), targets, weights) / weights.sum()
 
     with jax.set_mesh(sharding.make_mesh(devices=devices, **sizes)):
         params = jax.tree.map(
             lambda x, like: jax.device_put(x, like.sharding.spec), parameters(config), model.abstract(config)
         )
+        order = sharding.balanced_columns(length)
         batch = [
-            sharding.put(x.shape, x.dtype, "bt", lambda index, x=x: x[index])
+            sharding.put(x.shape, x.dtype, "bt", lambda index, x=x[:, order]: x[index])
             for x in (tokens[:, :-1], tokens[:, 1:], positions, segments, weights)
         ]
         value, gradient = jax.jit(jax.value_and_grad(loss))(params, *batch)

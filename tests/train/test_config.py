@@ -15,7 +15,7 @@ from train.config import TrainConfig
         ("steps", 0, "steps=0 must be at least 1"),
         ("accumulation", 3, "batch_size=8 must be a multiple of accumulation=3"),
         ("mesh.fsdp", 16, "a micro-batch has 8 rows .* multiple of .* = 16"),
-        ("mesh.context", 3, "data.sequence_length=16 must be a multiple of mesh.context=3"),
+        ("mesh.context", 3, r"data.sequence_length=16 must be a multiple of 2 \* mesh.context = 6"),
         ("mesh.tensor", 4, "model.num_heads=2 must be a multiple of mesh.tensor=4"),
         ("mesh.tensor", 0, "tensor=0 must be at least 1"),
         ("data.sequence_length", 33, "data.sequence_length=33 must not exceed model.max_position=32"),

@@ -18,6 +18,8 @@ def loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted sum over tokens of -log p(target), in nats, and `weight`, the sum of the weights."""
     tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
-    hidden, _ = forward(config, params, tokens, positions, segments=segments, remat=remat, attention=attention)
+    hidden, _ = forward(
+        config, params, tokens, positions, segments=segments, remat=remat, attention=attention, balanced=True
+    )
     total = chunked_cross_entropy(hidden, head(params), batch["targets"], batch["weights"])
     return total, {"weight": jnp.sum(batch["weights"])}
