@@ -27,7 +27,9 @@ def run_command(program: str, main: Callable[[], int]) -> int:
     try:
         return main()
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        # Messages quote names of files and tensors, and a terminal obeys what stands in them.
+        line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(error))
+        print(f"{program}: error: {line}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

@@ -40,6 +40,7 @@ MAX_PART = 6_000_000
 # none looks further: text can be cut there.
 _CUT = re.compile(r"\n(?=\S)|\S(?= )")
 _MAX_PATTERNS = 10_000  # characters of the stages around the model; the family's have 700
+_MAX_MARKS = 2_000_000  # three times those of the largest published one; each may become a list of 60 bytes and more
 # For str.translate: each character of the alphabet to its byte, every other one to what latin-1 cannot encode.
 _TO_BYTES = dict.fromkeys(range(256), 0xFFFF) | {ord(character): byte for character, byte in BYTE_OF.items()}
 
@@ -254,6 +255,10 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 def _parse(data: bytes) -> dict[str, Any]:
     """The tokenizer.json as a dict; a ModelError unless it is a byte-level BPE that encodes every text in one way."""
+    if (marks := sum(map(data.count, (b"{", b"[", b",")))) > _MAX_MARKS:
+        raise ModelError(
+            f"a tokenizer.json with {marks:,} braces, brackets and commas; at most {_MAX_MARKS:,} are read"
+        )
     spec = json.loads(data)
     model = spec["model"]
     kinds = model["type"], (spec["decoder"] or {}).get("type")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 import math
 import os
 import warnings
@@ -261,6 +262,8 @@ def open_model(
             path = hub.download(str(reference), allow_pickle_format=allow_pickle_format)
         if os.path.lexists(path / "config.json") and not (path / manifest.FILE_NAME).exists():
             return PublishedFolder(path, allow_pickle_format=allow_pickle_format)
+        if any(itertools.chain(path.glob("*.safetensors"), path.glob("*.bin"))):
+            raise FileError(f"{path} has weights and no config.json, which says what they are; put it beside them")
         return NativeCheckpoint(open_checkpoint(path, warn=warn))
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}") from error

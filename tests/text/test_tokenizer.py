@@ -368,3 +368,9 @@ def test_any_broken_field_is_a_model_error_or_harmless():
             except ModelError:
                 pass
         holder[key] = kept
+
+
+def test_many_empty_lists_are_refused_before_they_are_parsed():
+    nested = b'{"model": [' + b"[]," * 3_000_000 + b"[]]}"
+    with pytest.raises(ModelError, match="6,000,00.* braces, brackets and commas; at most 2,000,000"):
+        Tokenizer.from_bytes(nested)

@@ -267,3 +267,9 @@ def test_side_files_are_those_that_are_known(tmp_path):
     kept = set(open_checkpoint(native).files)
     assert "LICENSE" in kept and not kept & {"modeling_qwen.py", "README.md", "extra.json"}
     assert kept <= {*SIDE_FILES, "model.json"}
+
+
+def test_weights_without_a_config_are_named(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(FileError, match="has weights and no config.json"):
+        open_model(tmp_path)
