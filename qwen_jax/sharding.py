@@ -12,12 +12,14 @@ type, and an operation whose result could be laid out in two ways is an error un
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,6 +29,9 @@ AXES = ("data", "fsdp", "context", "expert", "tensor")
 
 # Every axis that splits neither the sequence nor a head splits the batch, so no device repeats another's rows.
 BATCH = ("data", "fsdp", "expert")
+
+# Whatever splits tokens: a gradient of a parameter is summed over these.
+TOKENS = (*BATCH, "context")
 
 _WEIGHT = {"d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor", "e": "expert"}
 _ACTIVATION = {"b": BATCH, "t": "context", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor", "e": "expert"}
@@ -43,7 +48,10 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with the five axes of `AXES`, all Explicit, over `devices` (default: all there are)."""
+    """A mesh with the five axes of `AXES`, all Explicit, over `devices` (default: all there are).
+
+    TPU slices, between which the network is slower, are put along `data`, which must be a multiple of their number.
+    """
     sizes = (data, fsdp, context, expert, tensor)
     devices = jax.devices() if devices is None else devices
     if math.prod(sizes) != len(devices):
@@ -52,7 +60,37 @@ def make_mesh(
             f"a mesh of {shape} needs {math.prod(sizes)} devices, and there are {len(devices)}; "
             f"choose sizes whose product is {len(devices)}"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if data % len(slices):
+        raise ConfigError(f"data={data} must be a multiple of the {len(slices)} TPU slices: no other axis spans them")
+    within = (data // len(slices), *sizes[1:])
+    grid = np.concatenate([_on_torus(within, of_slice) for of_slice in slices.values()])
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def _on_torus(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices of one slice in the shape `sizes`, so that the rings of each axis are lines of the torus."""
+    rings = [_rings(size, devices[0].device_kind) for size in sizes]
+    grid = mesh_utils.create_device_mesh(
+        [ring for of_axis in rings for ring in of_axis], devices, allow_split_physical_axes=True
+    )
+    return grid.reshape(sizes)
+
+
+def _rings(size: int, device_kind: str) -> tuple[int, ...]:
+    """The sizes, whose product is `size`, of the rings that a collective over an axis goes round, one after the other.
+
+    The compiler for TPU turns a reduce-scatter over more than one dimension of the torus into an all-reduce, which
+    moves twice the bytes, and some all-gathers too; along one dimension they stay what they are. So the axis is taken
+    apart like the torus of that many chips: into two powers of two for chips in a plane (v5e, v6e), three for others.
+    """
+    if not device_kind.startswith("TPU") or size & (size - 1) or size < 8:
+        return (size,)
+    dimensions = 2 if "lite" in device_kind else 3
+    exponent = size.bit_length() - 1
+    return tuple(2 ** ((exponent + i) // dimensions) for i in range(dimensions))
 
 
 def axis_size(axis: Axis) -> int:
@@ -128,8 +166,51 @@ def _split(table: Mapping[str, Axis], letters: str, shape: Sequence[int]) -> P:
 
 
 def gather(param: jax.Array, letters: str) -> jax.Array:
-    """A parameter made whole along fsdp; its gradient is summed and split again on the way back."""
-    return jax.sharding.reshard(param, gathered(letters, param.shape))
+    """A parameter made whole along fsdp. The way back is for `scatter`, not for autodiff."""
+    spec = weight(letters, param.shape)
+    whole = functools.partial(all_gather, axis=spec.index("fsdp"))
+    whole = jax.shard_map(whole, in_specs=spec, out_specs=gathered(letters, param.shape), check_vma=False)
+    return whole(jax.sharding.reshard(param, spec))
+
+
+def scatter(gradient: jax.Array, letters: str) -> jax.Array:
+    """The sum over all tokens of the gradient of a parameter, split as the parameter is.
+
+    Args:
+      gradient: of type `unreduced_gradient(letters)`: each device has the sum over its own tokens.
+    """
+    spec = weight(letters, gradient.shape)
+    whole = functools.partial(reduce_scatter, axis=spec.index("fsdp"))
+    kind = unreduced_gradient(letters, gradient.shape)
+    return jax.shard_map(whole, in_specs=kind, out_specs=spec, check_vma=False)(gradient)
+
+
+def unreduced_gradient(letters: str, shape: Sequence[int]) -> P:
+    """The type of a product that is the gradient of a parameter before it is summed over the devices."""
+    return P(*gathered(letters, shape), unreduced=set(TOKENS))
+
+
+def all_gather(param: jax.Array, axis: int) -> jax.Array:
+    """Inside shard_map: a parameter made whole along fsdp, by which its `axis` is split."""
+    for groups in reversed(_groups()):
+        param = jax.lax.all_gather(param, "fsdp", axis=axis, axis_index_groups=groups, tiled=True)
+    return param
+
+
+def reduce_scatter(gradient: jax.Array, axis: int) -> jax.Array:
+    """Inside shard_map: the sum over all tokens of a gradient, its `axis` split by fsdp."""
+    for groups in _groups():
+        gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, axis_index_groups=groups, tiled=True)
+    return jax.lax.psum(gradient, [axis for axis in TOKENS if axis != "fsdp"])
+
+
+def _groups() -> list[list[list[int]] | None]:
+    """For each ring of fsdp, the indices along fsdp of the devices that it joins; None for all of them."""
+    rings = _rings(axis_size("fsdp"), device_kind())
+    if len(rings) == 1:
+        return [None]
+    index = np.arange(math.prod(rings)).reshape(rings)
+    return [np.moveaxis(index, i, -1).reshape(-1, ring).tolist() for i, ring in enumerate(rings)]
 
 
 def put(

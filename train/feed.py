@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import numpy as np
 
 from qwen_jax import sharding
@@ -35,3 +36,10 @@ def put_batch(rows: Rows, step: int, config: TrainConfig) -> Batch:
     shape = (accumulation, size, config.data.sequence_length)
     # No axis splits "a": every device goes through all micro-batches.
     return {name: sharding.put(shape, dtype, "abt", functools.partial(part, name)) for name, dtype in _TYPES.items()}
+
+
+def abstract_batch(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of what `put_batch` returns."""
+    shape = (config.accumulation, config.micro_batch_size, config.data.sequence_length)
+    split = jax.NamedSharding(jax.sharding.get_mesh(), sharding.activation("abt", shape))
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in _TYPES.items()}

@@ -15,7 +15,7 @@ from qwen_jax.errors import ConfigError, DataError, NumericalError
 from qwen_jax.sharding import make_mesh
 from qwen_jax.weights.checkpoint import Checkpoint, Checkpoints
 from train import directory as run_directory
-from train import objectives, optim, plot
+from train import plot
 from train.config import TrainConfig
 from train.data import Corpus, Rows, prepare
 from train.evaluation import HeldOut
@@ -23,7 +23,7 @@ from train.feed import put_batch
 from train.progress import Report
 from train.record import Record
 from train.saving import Saver
-from train.step import Metrics, initial_state, make_train_step, restored_state
+from train.step import Metrics, configured, initial_state, restored_state, unrolled
 from train.stop import Stop
 
 
@@ -72,8 +72,8 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
             seed=config.seed,
         )
 
-        # State
-        optimizer = optim.adamw(config.optimizer)
+        # Step and state
+        objective, optimizer, train_step = configured(config)
         unroll = unrolled(config, mesh)
         if checkpoint:
             state = restored_state(checkpoint, config.model_config, optimizer, unroll=unroll)
@@ -81,10 +81,6 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
             state = initial_state(config.model_config, optimizer, seed=config.seed, unroll=unroll)
         start = int(state.step)
 
-        # Step
-        objective = objectives.make(config)
-        learning_rate = optim.cosine(config.schedule, peak=config.optimizer.peak_lr, steps=config.steps)
-        train_step = make_train_step(objective, optimizer, learning_rate)
         held_out = HeldOut(config, objective, corpus.held_out) if len(corpus.held_out) else None
 
         # Files
@@ -159,13 +155,6 @@ def join_hosts() -> None:
         jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], processes, process)
     elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
-
-
-def unrolled(config: TrainConfig, mesh: Mesh) -> bool:
-    """Whether each layer is compiled on its own. Left to "auto", that is on CPU, where a scan copies every weight."""
-    if config.layers == "auto":
-        return mesh.devices.flat[0].platform == "cpu"
-    return config.layers == "unroll"
 
 
 def fingerprint(corpus: Corpus) -> dict[str, str | int]:

@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from qwen_jax import model
 from qwen_jax.config import ModelConfig
 from qwen_jax.weights.checkpoint import Checkpoint
+from train import objectives, optim
+from train.config import TrainConfig
 from train.objectives import Batch, Objective
 
 Metrics = dict[str, jax.Array]
@@ -69,6 +72,22 @@ def restored_state(
 def stacked(state: State) -> State:
     """The state as checkpoints store it."""
     return jax.jit(model.stack_layers)(state)
+
+
+def unrolled(config: TrainConfig, mesh: Mesh) -> bool:
+    """Whether each layer is compiled on its own. Left to "auto", that is on CPU, where a scan copies every weight."""
+    if config.layers == "auto":
+        return mesh.devices.flat[0].platform == "cpu"
+    return config.layers == "unroll"
+
+
+def configured(
+    config: TrainConfig,
+) -> tuple[Objective, optax.GradientTransformation, Callable[[State, Batch], tuple[State, Metrics]]]:
+    """What a run minimises, its optimiser, and its step: the one that `train.run` runs and `train.plan` compiles."""
+    objective, optimizer = objectives.make(config), optim.adamw(config.optimizer)
+    learning_rate = optim.cosine(config.schedule, peak=config.optimizer.peak_lr, steps=config.steps)
+    return objective, optimizer, make_train_step(objective, optimizer, learning_rate)
 
 
 def make_train_step(

@@ -74,7 +74,7 @@ def _choose(implementation: Implementation, q: Float[Array, "B T N H"], mask: Ma
     # The kernel compares indices, which are positions of a cache, or of packed documents that are all there.
     by_index = mask.aligned or mask.query_segments is None
     if implementation == "auto":
-        return "pallas" if platform == "tpu" and by_index and not few else "xla"
+        return "xla"
     if implementation == "pallas" and platform not in ("tpu", "cpu"):
         raise ConfigError(f"attention='pallas' is a kernel for TPU and this mesh is of {platform}; choose 'auto'")
     if implementation == "pallas" and not by_index:

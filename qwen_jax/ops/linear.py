@@ -28,16 +28,17 @@ def contract(pattern: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Fl
     rows, outputs = xs.removesuffix(inputs), ws.removesuffix(inputs)
     if (xs, ws, out) != (rows + inputs, outputs + inputs, rows + outputs):
         raise ValueError(f"{pattern!r} is not rows + inputs, outputs + inputs -> rows + outputs")
-    return _contract(pattern, x, sharding.gather(w.astype(x.dtype), ws))
+    return _contract(pattern, x, jax.sharding.reshard(w.astype(x.dtype), sharding.weight(ws, w.shape)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _contract(pattern, x, w):
-    return product(pattern, x, w).astype(x.dtype)
+    return _forward(pattern, x, w)[0]
 
 
 def _forward(pattern, x, w):
-    return _contract(pattern, x, w), (x, w)
+    w = sharding.gather(w, letters(pattern)[1])
+    return product(pattern, x, w).astype(x.dtype), (x, w)
 
 
 def _backward(pattern, saved, dy):
@@ -46,7 +47,7 @@ def _backward(pattern, saved, dy):
     x, w = saved
     xs, ws, out = letters(pattern)
     dx = product(f"{out},{ws}->{xs}", dy, w).astype(x.dtype)
-    return dx, _weight_gradient(x, dy, pattern, w.shape).astype(w.dtype)
+    return dx, sharding.scatter(_weight_gradient(x, dy, pattern, w.shape).astype(w.dtype), ws)
 
 
 _contract.defvjp(_forward, _backward)
@@ -72,7 +73,7 @@ def _weight_gradient(x, dy, pattern, shape):
     xs, ws, out = letters(pattern)
     rows = [letter for letter in xs if letter in out]
     of_x, of_dy = [xs.index(letter) for letter in rows], [out.index(letter) for letter in rows]
-    split = lambda kept: sharding.gathered(kept, [shape[ws.index(letter)] for letter in kept])
+    split = lambda kept: sharding.unreduced_gradient(kept, [shape[ws.index(letter)] for letter in kept])
     # XLA's CPU backend transposes the left operand: x once for all products it went into, or each of their dy.
     x_first = lambda x, dy: _turned(x, dy, of_x, of_dy, ws, split)
     dy_first = lambda x, dy: _dot(dy, x, of_dy, of_x, split(ws))

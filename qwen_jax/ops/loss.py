@@ -51,12 +51,11 @@ _cross_entropy.defvjp(_forward, _backward)
 def _over_chunks(hidden, table, targets, weights, *, with_gradient):
     rows, split = sharding.activation("btd", hidden.shape), sharding.weight("vd", table.shape)
     ids = P(*rows[:2])
-    summed = (*sharding.BATCH, "context")
 
     def local(hidden, table, targets, weights):
         dtype = hidden.dtype
         # Whole along fsdp, gathered once and not in every chunk; the gradient is scattered back the same way.
-        whole = jax.lax.all_gather(table.astype(dtype), "fsdp", axis=1, tiled=True)
+        whole = sharding.all_gather(table.astype(dtype), axis=1)
         chunks, count = _split_rows(hidden, targets, weights, _CHUNK // whole.shape[0])
 
         def chunk(carry, inputs):
@@ -72,15 +71,12 @@ def _over_chunks(hidden, table, targets, weights, *, with_gradient):
 
         start = jnp.zeros(whole.shape, jnp.float32) if with_gradient else None
         (loss, dtable), dx = jax.lax.scan(chunk, (jnp.zeros((), jnp.float32), start), chunks)
-        loss = jax.lax.psum(loss, summed)
+        loss = jax.lax.psum(loss, sharding.TOKENS)
         if dx is None:
             return loss, None
         dhidden = dx.reshape(-1, hidden.shape[-1])[:count].reshape(hidden.shape)
-        dtable = jax.lax.psum_scatter(dtable, "fsdp", scatter_dimension=1, tiled=True)
-        return loss, (
-            dhidden,
-            jax.lax.psum(dtable, tuple(axis for axis in summed if axis != "fsdp")).astype(table.dtype),
-        )
+        dtable = sharding.reduce_scatter(dtable.astype(dtype), axis=1)
+        return loss, (dhidden, dtable.astype(table.dtype))
 
     # Replication is checked by the tests on meshes: the checker cannot follow the scan's carry.
     mapped = jax.shard_map(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import model, sharding
-from qwen_jax.config import Rope
+from qwen_jax.config import Rope, Score
 from qwen_jax.ops.loss import chunked_cross_entropy
 from tests.conftest import tiny_config
 
@@ -217,7 +217,7 @@ def test_every_field_of_the_config_changes_the_output(mesh):
         assert not np.array_equal(output(dataclasses.replace(base, **{name: value}), params), expected), name
     other_tree = dict(
         vocab_size=97, width=48, num_layers=2, num_heads=8, num_kv_heads=1, head_dim=6, mlp_width=8,
-        qkv_bias=False, qk_norm=True, tie_embeddings=False, param_dtype="bfloat16",
+        qkv_bias=False, qk_norm=True, tie_embeddings=False, param_dtype="bfloat16", score=Score(labels=2, hidden=False),
     )  # fmt: skip
     shapes = lambda config: jax.tree.map(lambda x: (x.shape, x.dtype), model.abstract(config))
     for name, value in other_tree.items():
