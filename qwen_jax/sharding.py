@@ -36,6 +36,9 @@ TOKENS = (*BATCH, "context")
 _WEIGHT = {"d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor", "e": "expert"}
 _ACTIVATION = {"b": BATCH, "t": "context", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor", "e": "expert"}
 
+# What JAX calls the chips, and what everybody else does.
+_GENERATIONS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "v7x"}
+
 Axis = str | tuple[str, ...] | None
 
 
@@ -104,9 +107,9 @@ def platform() -> str:
     return _abstract_device().platform
 
 
-def device_kind() -> str:
-    """The model of the current mesh's devices, such as "TPU v5 lite"."""
-    return _abstract_device().device_kind
+def tpu_generation() -> str | None:
+    """Of the current mesh's chips: "v5e", "v5p" and so on; None if they are no TPU that we have kernels for."""
+    return _GENERATIONS.get(_abstract_device().device_kind)
 
 
 def _abstract_device():
@@ -206,7 +209,7 @@ def reduce_scatter(gradient: jax.Array, axis: int) -> jax.Array:
 
 def _groups() -> list[list[list[int]] | None]:
     """For each ring of fsdp, the indices along fsdp of the devices that it joins; None for all of them."""
-    rings = _rings(axis_size("fsdp"), device_kind())
+    rings = _rings(axis_size("fsdp"), _abstract_device().device_kind)
     if len(rings) == 1:
         return [None]
     index = np.arange(math.prod(rings)).reshape(rings)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen_jax import sharding
 from qwen_jax.errors import ConfigError
+from qwen_jax.kernels.flash_attention import flash_attention
 from qwen_jax.ops.blockwise import blockwise
 from qwen_jax.ops.mask import HIDDEN, Mask
 
@@ -74,9 +75,9 @@ def _choose(implementation: Implementation, q: Float[Array, "B T N H"], mask: Ma
     # The kernel compares indices, which are positions of a cache, or of packed documents that are all there.
     by_index = mask.aligned or mask.query_segments is None
     if implementation == "auto":
-        return "xla"
-    if implementation == "pallas" and platform not in ("tpu", "cpu"):
-        raise ConfigError(f"attention='pallas' is a kernel for TPU and this mesh is of {platform}; choose 'auto'")
+        return "pallas" if sharding.tpu_generation() and by_index and not few else "xla"
+    if implementation == "pallas" and not sharding.tpu_generation() and platform != "cpu":
+        raise ConfigError(f"attention='pallas' is a kernel for TPU v4 to v7x and this is {platform}; choose 'auto'")
     if implementation == "pallas" and not by_index:
         raise ConfigError("attention='pallas' cannot compare packed documents with others; choose 'auto'")
     if implementation == "cudnn":
@@ -129,8 +130,6 @@ def _cudnn(
 def _pallas(
     q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Mask
 ) -> Float[Array, "B T N H"]:
-    from qwen_jax.kernels.flash_attention import flash_attention
-
     key_segments = mask.key_segments
     ways, length = sharding.axis_size("context"), q.shape[1]
     if mask.balanced and ways > 1:
@@ -148,7 +147,7 @@ def _pallas(
             key_segments=key_segments,
             window=mask.window,
             query_offset=offset,
-            generation=sharding.device_kind(),
+            generation=sharding.tpu_generation() or "v5e",  # blocks of any size can be interpreted
             interpret=sharding.platform() == "cpu",
         )
         outs.append(out.swapaxes(1, 2))

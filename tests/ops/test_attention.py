@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qwen_jax import sharding
+from qwen_jax.errors import ConfigError
 from qwen_jax.ops.attention import attention
 from qwen_jax.ops.mask import Mask
 
@@ -97,3 +100,43 @@ def test_split_attention_equals_whole(sizes):
             split, jax.tree.map(np.asarray, mask)
         )
         np.testing.assert_allclose(out, expected, **ROUNDING)
+
+
+KERNEL = ("packed", "packed, window", "chunk against a cache", "no grouping")
+
+
+@pytest.mark.parametrize("case", KERNEL)
+def test_the_kernel_equals_the_formula(mesh, case):
+    (q, k, v), mask = CASES[case]
+    # The kernel takes rows of multiples of eight numbers.
+    q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, -x.shape[3] % 8),)) for x in (q, k, v))
+    got, expected = (attention(q, k, v, mask, implementation=name) for name in ("pallas", "reference"))
+    np.testing.assert_allclose(got, expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_kernel_on_a_split_sequence_equals_the_whole(balanced):
+    qkv, mask = arrays(2, 64, 64, 4, 2, 8), packed(2, 64)
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+        expected = np.asarray(attention(*qkv, mask, implementation="reference"))
+    with jax.set_mesh(sharding.make_mesh(context=2, tensor=2, devices=jax.devices()[:4])):
+        order = sharding.balanced_columns(64) if balanced else np.arange(64)
+        (q, k, v), columns = map(np.asarray, qkv), dataclasses.replace(mask, balanced=balanced)
+        columns = jax.tree.map(lambda x: np.asarray(x)[:, order], columns)
+        out = jax.jit(lambda *qkv: attention(*qkv, columns, implementation="pallas"))(
+            q[:, order], k[:, :, order], v[:, :, order]
+        )
+        np.testing.assert_allclose(out, expected[:, order], **ROUNDING)
+
+
+@pytest.mark.parametrize(
+    "implementation, case, reason",
+    [
+        ("cudnn", "no grouping", "this mesh is of cpu"),
+        ("pallas", "packed, not known to be aligned", "cannot compare packed documents"),
+    ],
+)
+def test_what_an_implementation_cannot_do_is_refused(mesh, implementation, case, reason):
+    qkv, mask = CASES[case]
+    with pytest.raises(ConfigError, match=reason):
+        attention(*qkv, mask, implementation=implementation)
