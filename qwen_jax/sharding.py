@@ -190,7 +190,7 @@ def scatter(gradient: jax.Array, letters: str) -> jax.Array:
 
 def unreduced_gradient(letters: str, shape: Sequence[int]) -> P:
     """The type of a product that is the gradient of a parameter before it is summed over the devices."""
-    return P(*gathered(letters, shape), unreduced=set(TOKENS))
+    return P(*gathered(letters, shape), unreduced=frozenset(TOKENS))
 
 
 def all_gather(param: jax.Array, axis: int) -> jax.Array:

@@ -10,7 +10,7 @@ auto        the fastest that can honour the request where it runs
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen_jax import sharding
 from qwen_jax.errors import ConfigError
+from qwen_jax.kernels.blocks import Generation
 from qwen_jax.kernels.flash_attention import flash_attention
 from qwen_jax.ops.blockwise import blockwise
 from qwen_jax.ops.mask import HIDDEN, Mask
@@ -147,7 +148,7 @@ def _pallas(
             key_segments=key_segments,
             window=mask.window,
             query_offset=offset,
-            generation=sharding.tpu_generation() or "v5e",  # blocks of any size can be interpreted
+            generation=cast(Generation, sharding.tpu_generation() or "v5e"),  # blocks of any size can be interpreted
             interpret=sharding.platform() == "cpu",
         )
         outs.append(out.swapaxes(1, 2))

@@ -72,7 +72,7 @@ def _over_chunks(hidden, table, targets, weights, *, with_gradient):
         start = jnp.zeros(whole.shape, jnp.float32) if with_gradient else None
         (loss, dtable), dx = jax.lax.scan(chunk, (jnp.zeros((), jnp.float32), start), chunks)
         loss = jax.lax.psum(loss, sharding.TOKENS)
-        if dx is None:
+        if dx is None or dtable is None:
             return loss, None
         dhidden = dx.reshape(-1, hidden.shape[-1])[:count].reshape(hidden.shape)
         dtable = sharding.reduce_scatter(dtable.astype(dtype), axis=1)

@@ -53,8 +53,8 @@ def compare(ours: PublishedFolder | NativeCheckpoint, published: Path) -> list[t
 
 def _transformers(folder: Path, tokens: np.ndarray) -> list[np.ndarray]:
     try:
-        import torch
-        import transformers
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ModelError(
             f"{error.name} is not installed, and --forward compares with it: pip install '.[parity]'"
