@@ -171,7 +171,7 @@ def _split(table: Mapping[str, Axis], letters: str, shape: Sequence[int]) -> P:
 def gather(param: jax.Array, letters: str) -> jax.Array:
     """A parameter made whole along fsdp. The way back is for `scatter`, not for autodiff."""
     spec = weight(letters, param.shape)
-    whole = functools.partial(all_gather, axis=spec.index("fsdp"))
+    whole = functools.partial(all_gather, axis=_split_by_fsdp(spec))
     whole = jax.shard_map(whole, in_specs=spec, out_specs=gathered(letters, param.shape), check_vma=False)
     return whole(jax.sharding.reshard(param, spec))
 
@@ -183,9 +183,13 @@ def scatter(gradient: jax.Array, letters: str) -> jax.Array:
       gradient: of type `unreduced_gradient(letters)`: each device has the sum over its own tokens.
     """
     spec = weight(letters, gradient.shape)
-    whole = functools.partial(reduce_scatter, axis=spec.index("fsdp"))
+    whole = functools.partial(reduce_scatter, axis=_split_by_fsdp(spec))
     kind = unreduced_gradient(letters, gradient.shape)
     return jax.shard_map(whole, in_specs=kind, out_specs=spec, check_vma=False)(gradient)
+
+
+def _split_by_fsdp(spec: P) -> int | None:
+    return spec.index("fsdp") if "fsdp" in spec else None
 
 
 def unreduced_gradient(letters: str, shape: Sequence[int]) -> P:
@@ -193,15 +197,19 @@ def unreduced_gradient(letters: str, shape: Sequence[int]) -> P:
     return P(*gathered(letters, shape), unreduced=frozenset(TOKENS))
 
 
-def all_gather(param: jax.Array, axis: int) -> jax.Array:
-    """Inside shard_map: a parameter made whole along fsdp, by which its `axis` is split."""
+def all_gather(param: jax.Array, axis: int | None) -> jax.Array:
+    """Inside shard_map: a parameter made whole along fsdp, by which its `axis` is split, or none."""
+    if axis is None:
+        return param
     for groups in reversed(_groups()):
         param = jax.lax.all_gather(param, "fsdp", axis=axis, axis_index_groups=groups, tiled=True)
     return param
 
 
-def reduce_scatter(gradient: jax.Array, axis: int) -> jax.Array:
-    """Inside shard_map: the sum over all tokens of a gradient, its `axis` split by fsdp."""
+def reduce_scatter(gradient: jax.Array, axis: int | None) -> jax.Array:
+    """Inside shard_map: the sum over all tokens of a gradient, its `axis` split by fsdp, or none."""
+    if axis is None:
+        return jax.lax.psum(gradient, TOKENS)
     for groups in _groups():
         gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, axis_index_groups=groups, tiled=True)
     return jax.lax.psum(gradient, [axis for axis in TOKENS if axis != "fsdp"])

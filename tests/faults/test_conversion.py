@@ -82,7 +82,9 @@ def test_a_disk_that_becomes_full(slow, tmp_path, forks, form, limit):
     # Where not even the description of an array can be written, threads of Orbax print their own complaints around it.
     assert any("convert: error: " in line and line.endswith(": File too large") for line in done.lines), done
     assert limit == 100 or "Traceback" not in "".join(done.lines), done
-    assert names(tmp_path) == ["model"]
+    # They also write while the unfinished folder is removed; what is left of it goes with the next conversion.
+    left = {".out.partial"} if limit == 100 else set()
+    assert {"model"} <= {*names(tmp_path)} <= {"model"} | left
 
 
 @pytest.mark.parametrize("name", ["model", "model/config.json", "model/model.safetensors", "model/tokenizer.json"])
