@@ -99,7 +99,7 @@ def flash_attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: _Plan, *arrays) -> tuple[Array, Array]:
+def _attention(plan: _Plan, *arrays) -> Any:
     return forward(*arrays, tiles=plan.forward, scale=plan.scale, interpret=plan.interpret)
 
 
