@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -94,12 +94,13 @@ def flash_attention(
     if query_scale is not None:
         query_scale = query_scale[:, None].astype(jnp.float32)
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, length, dim)
-    out, lse = _attention(plan, grouped, k, v, control, query_scale, query_segments, key_segments)
+    arrays = (grouped, k, v, control, query_scale, query_segments, key_segments)
+    out, lse = cast(tuple[Array, Array], _attention(plan, *arrays))
     return out.reshape(q.shape), lse.reshape(batch, heads, length)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: _Plan, *arrays) -> Any:
+def _attention(plan, *arrays):
     return forward(*arrays, tiles=plan.forward, scale=plan.scale, interpret=plan.interpret)
 
 
