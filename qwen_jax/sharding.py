@@ -33,7 +33,7 @@ BATCH = ("data", "fsdp", "expert")
 # Whatever splits tokens: a gradient of a parameter is summed over these.
 TOKENS = (*BATCH, "context")
 
-_WEIGHT = {"d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor", "e": "expert"}
+_WEIGHT = {"n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor", "e": "expert"}
 _ACTIVATION = {"b": BATCH, "t": "context", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor", "e": "expert"}
 
 # What JAX calls the chips, and what everybody else does.
@@ -99,7 +99,7 @@ def _rings(size: int, device_kind: str) -> tuple[int, ...]:
 def axis_size(axis: Axis) -> int:
     """How many ways `axis` of the current mesh splits a dimension."""
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
+    return math.prod(shape[name] for name in _names(axis))
 
 
 def platform() -> str:
@@ -140,13 +140,28 @@ def sequence_order(x: jax.Array, axis: int) -> jax.Array:
 
 
 def weight(letters: str, shape: Sequence[int]) -> P:
-    """How a stored parameter is split."""
-    return _split(_WEIGHT, letters, shape)
+    """How a stored parameter is split.
+
+    fsdp takes the first of vocabulary, mlp width and width that it divides: what a device holds is then one run of
+    rows wherever that is possible, and neither a gather nor a scatter has to turn anything around.
+    """
+    axes = [_names(axis) for axis in gathered(letters, shape)]
+    for i, letter in enumerate(letters):
+        if letter in "vfd" and shape[i] % axis_size((*axes[i], "fsdp")) == 0:
+            axes[i] = (*axes[i], "fsdp")
+            break
+    else:
+        if "d" in letters:
+            ways, sizes = axis_size("fsdp"), " x ".join(map(str, shape))
+            raise ConfigError(
+                f"mesh axis fsdp of size {ways} divides no dimension of a parameter of {sizes} ({letters})"
+            )
+    return P(*axes)
 
 
 def gathered(letters: str, shape: Sequence[int]) -> P:
     """How a parameter is split while a layer uses it: as stored, but whole along fsdp."""
-    return P(*(None if axis == "fsdp" else axis for axis in weight(letters, shape)))
+    return _split(_WEIGHT, letters, shape)
 
 
 def activation(letters: str, shape: Sequence[int]) -> P:
@@ -171,7 +186,7 @@ def _split(table: Mapping[str, Axis], letters: str, shape: Sequence[int]) -> P:
 def gather(param: jax.Array, letters: str) -> jax.Array:
     """A parameter made whole along fsdp. The way back is for `scatter`, not for autodiff."""
     spec = weight(letters, param.shape)
-    whole = functools.partial(all_gather, axis=_split_by_fsdp(spec))
+    whole = functools.partial(all_gather, axis=fsdp_dimension(spec))
     whole = jax.shard_map(whole, in_specs=spec, out_specs=gathered(letters, param.shape), check_vma=False)
     return whole(jax.sharding.reshard(param, spec))
 
@@ -183,13 +198,18 @@ def scatter(gradient: jax.Array, letters: str) -> jax.Array:
       gradient: of type `unreduced_gradient(letters)`: each device has the sum over its own tokens.
     """
     spec = weight(letters, gradient.shape)
-    whole = functools.partial(reduce_scatter, axis=_split_by_fsdp(spec))
+    whole = functools.partial(reduce_scatter, axis=fsdp_dimension(spec))
     kind = unreduced_gradient(letters, gradient.shape)
     return jax.shard_map(whole, in_specs=kind, out_specs=spec, check_vma=False)(gradient)
 
 
-def _split_by_fsdp(spec: P) -> int | None:
-    return spec.index("fsdp") if "fsdp" in spec else None
+def fsdp_dimension(spec: P) -> int | None:
+    """The dimension that fsdp splits, if any."""
+    return next((i for i, axis in enumerate(spec) if "fsdp" in _names(axis)), None)
+
+
+def _names(axis: Axis) -> tuple[str, ...]:
+    return (axis,) if isinstance(axis, str) else axis or ()
 
 
 def unreduced_gradient(letters: str, shape: Sequence[int]) -> P:

@@ -23,7 +23,7 @@ LINES = [line for _, text in BLOCKS for line in text.splitlines()]
 
 
 def commands(start: str) -> list[list[str]]:
-    found = [shlex.split(line, comments=True) for line in LINES if line.startswith(start)]
+    found = [shlex.split(line, comments=True) for line in LINES if line.startswith(start + " ")]
     assert found, f"the README shows no {start!r}"
     return [words[len(start.split()) :] for words in found]
 
@@ -43,6 +43,11 @@ def test_train_takes_its_commands(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train([*words, *(() if "--print" in words else ("--print",))]) == 0
     assert "run_dir" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", commands("python -m train.plan"))
+def test_plan_takes_its_commands(words):
+    importlib.import_module("train.plan.__main__").parse(words)
 
 
 @pytest.mark.parametrize("words", commands("python -m infer"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,16 @@ def _at_least(least: int, section: object, *names: str) -> None:
     for name in names:
         if getattr(section, name) < least:
             raise ConfigError(f"{name}={getattr(section, name)} must be at least {least}")
+
+
+def _next(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def tensor_sizes(model: ModelConfig) -> list[int]:
+    """The sizes that the mesh axis `tensor` may have for a model."""
+    split, kv = math.gcd(model.num_heads, model.mlp_width, model.vocab_size), model.num_kv_heads
+    return [size for size in range(1, split + 1) if split % size == 0 and (kv % size == 0 or size % kv == 0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +143,18 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A trace of `steps` steps (0: none), after the first `skip` of each start, in the run directory's `profile`."""
+
+    steps: int = 0
+    skip: int = 5
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, "steps")
+        _at_least(1, self, "skip")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run.
 
@@ -153,6 +176,7 @@ class TrainConfig:
       checkpoint: when the state is saved.
       evaluation: when the held-out loss is measured.
       log_every: steps between rows of metrics.jsonl.
+      profile: which steps are traced.
     """
 
     run_dir: str
@@ -167,11 +191,12 @@ class TrainConfig:
     schedule: Cosine
     mesh: Mesh = Mesh()
     remat: Literal["none", "dots", "full"] = "none"
-    attention: Literal["auto", "xla", "reference"] = "auto"
+    attention: Literal["auto", "pallas", "xla", "cudnn", "reference"] = "auto"
     layers: Literal["auto", "scan", "unroll"] = "auto"
     checkpoint: Checkpointing
     evaluation: Evaluation
     log_every: int = 1
+    profile: Profile = Profile()
 
     def __post_init__(self) -> None:
         _at_least(1, self, "batch_size", "accumulation", "steps", "log_every")
@@ -190,16 +215,18 @@ class TrainConfig:
         length, mesh = self.data.sequence_length, self.mesh
         if self.batch_size % self.accumulation:
             raise ConfigError(f"batch_size={self.batch_size} must be a multiple of accumulation={self.accumulation}")
-        if self.micro_batch_size % mesh.row_shards:
+        shards = mesh.row_shards * self.accumulation
+        if self.batch_size % shards:
             raise ConfigError(
                 f"a micro-batch has {self.micro_batch_size} rows (batch_size={self.batch_size} / "
                 f"accumulation={self.accumulation}), which must be a multiple of mesh.data * mesh.fsdp * mesh.expert "
-                f"= {mesh.row_shards}"
+                f"= {mesh.row_shards}; the next batch_size that is so is {_next(self.batch_size, shards)}"
             )
         if mesh.context > 1 and length % (2 * mesh.context):
             raise ConfigError(
                 f"data.sequence_length={length} must be a multiple of 2 * mesh.context = {2 * mesh.context}: each "
-                "device takes an early and a late piece of a sequence"
+                f"device takes an early and a late piece of a sequence; the next such length is "
+                f"{_next(length, 2 * mesh.context)}"
             )
 
     def _check_model(self) -> None:
@@ -215,11 +242,18 @@ class TrainConfig:
                 f"model.param_dtype={model.param_dtype!r} would lose most updates to rounding; train with "
                 f"'float32' and set model.dtype='bfloat16' for bfloat16 matmuls"
             )
+        can_be = ", ".join(map(str, tensor_sizes(model)))
         for name in ("num_heads", "mlp_width", "vocab_size"):
             if getattr(model, name) % mesh.tensor:
                 raise ConfigError(
-                    f"model.{name}={getattr(model, name)} must be a multiple of mesh.tensor={mesh.tensor}"
+                    f"model.{name}={getattr(model, name)} must be a multiple of mesh.tensor={mesh.tensor}; "
+                    f"it can be {can_be}"
                 )
+        if model.num_kv_heads % mesh.tensor and mesh.tensor % model.num_kv_heads:
+            raise ConfigError(
+                f"model.num_kv_heads={model.num_kv_heads} must be a multiple of mesh.tensor={mesh.tensor} or divide "
+                f"it, so that a device has whole heads; it can be {can_be}"
+            )
         if model.width % mesh.fsdp:
             raise ConfigError(f"model.width={model.width} must be a multiple of mesh.fsdp={mesh.fsdp}")
 

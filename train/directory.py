@@ -18,7 +18,7 @@ CONFIG = "config.gin"
 LOCK = "lock"
 
 # What may change when a run goes on: where it lives and how it is computed and watched, not what is computed.
-MAY_CHANGE = ("run_dir", "mesh", "remat", "attention", "layers", "checkpoint", "evaluation", "log_every")
+MAY_CHANGE = ("run_dir", "mesh", "remat", "attention", "layers", "checkpoint", "evaluation", "log_every", "profile")
 
 
 @contextlib.contextmanager

@@ -19,11 +19,12 @@ from train import plot
 from train.config import TrainConfig
 from train.data import Corpus, Rows, prepare
 from train.evaluation import HeldOut
-from train.feed import put_batch
+from train.feed import abstract_batch, put_batch
+from train.profiler import Profiler
 from train.progress import Report
 from train.record import Record
 from train.saving import Saver
-from train.step import Metrics, configured, initial_state, restored_state, unrolled
+from train.step import Metrics, abstract_state, configured, initial_state, restored_state, unrolled
 from train.stop import Stop
 
 
@@ -61,6 +62,9 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
         # Mesh
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
         stack.enter_context(jax.set_mesh(mesh))
+        objective, optimizer, train_step = configured(config)
+        # What the step cannot do it says while it is traced: now, and not after hours of preparing data.
+        jax.eval_shape(train_step, abstract_state(config.model_config, optimizer), abstract_batch(config))
 
         # Data
         corpus = prepare(config.data, directory, seed=config.seed, report=report.line, is_writer=first_host)
@@ -72,8 +76,7 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
             seed=config.seed,
         )
 
-        # Step and state
-        objective, optimizer, train_step = configured(config)
+        # State
         unroll = unrolled(config, mesh)
         if checkpoint:
             state = restored_state(checkpoint, config.model_config, optimizer, unroll=unroll)
@@ -93,6 +96,7 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
         stack.callback(record.close)
         files["model.json"] = config.model_config.to_json().encode()
         saver = Saver(checkpoints, record, files=files, meta=fingerprint(corpus), warn=report.warn)
+        profiler = stack.enter_context(Profiler(directory / "profile", config.profile, start=start))
         describe(config, mesh, start, report)
 
         # Loop: launch step n, then read what step n - 1 measured, so that the devices never wait for the host.
@@ -118,6 +122,7 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
                     record.restart_clock(step)
                 if last or exit_code:
                     break
+                profiler.before(step)
                 state, metrics = train_step(state, put_batch(rows, step, config))
                 step += 1
                 watch(unread, config, record, report)
@@ -142,8 +147,8 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
 def join_hosts() -> None:
     """Joins the other processes of a run on several hosts, before any device is touched.
 
-    They are found through JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or on a TPU pod slice, where
-    TPU_WORKER_HOSTNAMES lists several, by jax itself. Otherwise this process is the whole run.
+    They are found through JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or on TPUs by jax itself, from
+    the environment of GKE or the metadata of a Cloud TPU VM. Otherwise this process is the whole run.
     """
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         try:
@@ -153,8 +158,10 @@ def join_hosts() -> None:
                 f"with JAX_COORDINATOR_ADDRESS set, JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers: {error}"
             ) from error
         jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], processes, process)
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
+    elif (jax.config.jax_platforms or "").startswith("tpu"):  # which jax sets where there are TPUs
+        # Where nobody knows of other hosts, as in a notebook, there are none.
+        with contextlib.suppress(ValueError, OSError):
+            jax.distributed.initialize()
 
 
 def fingerprint(corpus: Corpus) -> dict[str, str | int]:

@@ -1,1 +1,1 @@
-"""Pallas kernels for TPU, each with a slow twin of the same signature in `ops`."""
+"""Pallas kernels for TPU, each with a slow twin of the same signature."""

@@ -36,9 +36,7 @@ class Blocks:
                 raise ValueError(f"{prefix}block_kv_compute={inner} must not exceed {prefix}block_kv={outer}")
 
 
-# What the table is for: head_dim 128 in bfloat16. A shorter row takes as much VMEM.
-_ROW_BYTES = 256
-
+# For head_dim 128 in bfloat16.
 _TUNED = {
     generation: Blocks(
         block_q=1024,
@@ -52,15 +50,20 @@ _TUNED = {
 }
 
 
-def tuned(generation: str | None, *, row_bytes: int) -> Blocks:
+def tuned(generation: str | None, *, head_dim: int, itemsize: int) -> Blocks:
     """The fastest blocks known for a generation of TPU; fewer keys at once where a row of them is long.
+
+    Args:
+      itemsize: bytes of a number.
 
     Raises:
       ValueError: the generation is not one of `Generation`.
     """
     if generation not in _TUNED:
         raise ValueError(f"generation={generation!r} is none of {', '.join(_TUNED)}; or give blocks")
-    blocks, wider = _TUNED[generation], max(1, row_bytes // _ROW_BYTES)
+    # In VMEM a row takes whole registers of 128 lanes.
+    times = -(-head_dim // 128) * itemsize // 2
+    blocks, wider = _TUNED[generation], 1 << (times - 1).bit_length()
     return dataclasses.replace(
         blocks,
         block_kv=max(blocks.block_kv // wider, blocks.block_kv_compute),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,20 +64,15 @@ def flash_attention(
     Raises:
       ValueError: shapes do not fit together, or the generation is unknown.
     """
-    _check(q, k, v, query_segments, key_segments, query_scale)
+    masks = dict(query_segments=query_segments, key_segments=key_segments, window=window)
+    _check(q, k, v, masks | dict(query_offset=query_offset, query_scale=query_scale))
     (batch, heads, length, dim), (kv_heads, keys) = q.shape, k.shape[1:3]
-    sizes = tuned(generation, row_bytes=dim * q.dtype.itemsize) if blocks is None else blocks
-    divide = functools.partial(
-        cut,
-        queries=length,
-        keys=keys,
-        group=heads // kv_heads,
-        windowed=window is not None,
-        segmented=query_segments is not None,
-    )
+    sizes = tuned(generation, head_dim=dim, itemsize=q.dtype.itemsize) if blocks is None else blocks
+    lengths = dict(queries=length, keys=keys, group=heads // kv_heads)
     plan = _Plan(
-        divide(block_q=sizes.block_q, block_kv=sizes.block_kv, block_kv_compute=sizes.block_kv_compute),
-        divide(
+        cut(**lengths, block_q=sizes.block_q, block_kv=sizes.block_kv, block_kv_compute=sizes.block_kv_compute),
+        cut(
+            **lengths,
             block_q=sizes.backward_block_q,
             block_kv=sizes.backward_block_kv,
             block_kv_compute=sizes.backward_block_kv_compute,
@@ -86,7 +81,8 @@ def flash_attention(
         interpret,
     )
     offsets = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (batch,))
-    control = jnp.concatenate([jnp.asarray(0 if window is None else window, jnp.int32).reshape(1), offsets])
+    if window is not None:
+        window = jnp.asarray(window, jnp.int32).reshape(1)
     if query_segments is not None and key_segments is not None:
         # No key is of a negative segment: padding sees nothing.
         query_segments = jnp.where(query_segments == 0, -1, query_segments)[:, None].astype(jnp.int32)
@@ -94,7 +90,7 @@ def flash_attention(
     if query_scale is not None:
         query_scale = query_scale[:, None].astype(jnp.float32)
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, length, dim)
-    arrays = (grouped, k, v, control, query_scale, query_segments, key_segments)
+    arrays = (grouped, k, v, offsets, window, query_scale, query_segments, key_segments)
     out, lse = cast(tuple[Array, Array], _attention(plan, *arrays))
     return out.reshape(q.shape), lse.reshape(batch, heads, length)
 
@@ -120,7 +116,7 @@ def _attention_backward(plan, saved, cotangents):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _check(q, k, v, query_segments, key_segments, query_scale) -> None:
+def _check(q, k, v, masks: dict[str, Any]) -> None:
     for name, x in dict(q=q, k=k, v=v).items():
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {x.shape}, but must have four axes: batch, heads, length, head_dim")
@@ -129,17 +125,16 @@ def _check(q, k, v, query_segments, key_segments, query_scale) -> None:
     if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise ValueError(f"q has shape {q.shape} and k {k.shape}; batch and head_dim must be the same")
     if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; all must be bfloat16, or float32")
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; all must be bfloat16, or all float32")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads must be a multiple of {k.shape[1]} kv heads")
     if q.shape[3] % 8:
         raise ValueError(f"head_dim={q.shape[3]} must be a multiple of 8")
-    if (query_segments is None) != (key_segments is None):
+    if (masks["query_segments"] is None) != (masks["key_segments"] is None):
         raise ValueError("query_segments and key_segments must be given together")
-    for name, x, y in (
-        ("query_segments", query_segments, q),
-        ("key_segments", key_segments, k),
-        ("query_scale", query_scale, q),
-    ):
-        if x is not None and x.shape != (y.shape[0], y.shape[2]):
-            raise ValueError(f"{name} has shape {x.shape}, but must be {(y.shape[0], y.shape[2])}: batch, length")
+    batch, per_query, per_key = (q.shape[:1], (q.shape[0], q.shape[2]), (k.shape[0], k.shape[2]))
+    allowed = dict(query_segments=[per_query], key_segments=[per_key], window=[()], query_offset=[(), batch])
+    for name, x in masks.items():
+        shapes = allowed.get(name, [per_query])
+        if x is not None and jnp.shape(x) not in shapes:
+            raise ValueError(f"{name} has shape {jnp.shape(x)}, but must have {' or '.join(map(str, shapes))}")

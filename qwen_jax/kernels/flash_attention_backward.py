@@ -9,68 +9,108 @@ part of dq, to be summed.
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwen_jax.kernels.flash_attention_forward import ABT, ATB, HIDDEN, LOG2_E, NOTHING, dot, scale_rows, specs
-from qwen_jax.kernels.tiles import Tiles, query_blocks, segment_runs, visit
+from qwen_jax.kernels.flash_attention_forward import (
+    ABT,
+    ATB,
+    HIDDEN,
+    LOG2_E,
+    NOTHING,
+    dot,
+    input_specs,
+    scale_rows,
+    specs,
+)
+from qwen_jax.kernels.tiles import Scalars, Tiles, Visit, query_blocks, segment_runs, visit
 
 
-def _kernel(
-    control, runs, q, k, v, query_scale, query_segments, key_segments, dout, lse, delta, dq, dk, dv,
-    scaled, dq_sums, dk_sums, dv_sums, *, tiles: Tiles, scale: float,
-):  # fmt: skip
-    """Scratch: scaled [rows, H] and the sums dq_sums [H, rows], dk_sums and dv_sums [block_kv, H]."""
+class _Refs(NamedTuple):
+    """Arguments of the kernel: scalars, blocks of inputs and outputs, and scratch.
+
+    Attributes:
+      scaled: [rows, H].
+      dq_sums, dk_sums, dv_sums: [H, rows], [block_kv, H] and [block_kv, H].
+    """
+
+    offsets: Any
+    window: Any
+    runs: Any
+    q: Any
+    k: Any
+    v: Any
+    query_scale: Any
+    query_segments: Any
+    key_segments: Any
+    dout: Any
+    lse: Any
+    delta: Any
+    dq: Any
+    dk: Any
+    dv: Any
+    scaled: Any
+    dq_sums: Any
+    dk_sums: Any
+    dv_sums: Any
+
+
+def _kernel(*args, tiles: Tiles, scale: float):
+    refs = _Refs(*args)
     batch, j, g, i = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.program_id(4)
-    at = visit(tiles, control, runs, batch, i, j)
+    at = visit(tiles, Scalars(refs.offsets, refs.window, refs.runs), batch, i, j)
+    work = at.first < at.end
 
     @pl.when((g == 0) & (i == 0))
     def _():
-        dk_sums[...] = jnp.zeros_like(dk_sums)
-        dv_sums[...] = jnp.zeros_like(dv_sums)
-
-    def existing(x):
-        """Rows x of queries, zero beyond the last."""
-        if tiles.queries % tiles.tokens == 0:
-            return x
-        token = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) & (tiles.tokens - 1)
-        return jnp.where(token < tiles.queries - i * tiles.tokens, x, 0)
-
-    def accumulate(chunk, clear):
-        keys = at.keys(chunk)
-        key, value = (x[keys, :] if clear else at.existing(x[keys, :], chunk) for x in (k, v))
-        grads = existing(dout[...].reshape(tiles.rows, -1))
-        scores = dot(key, scaled[...], ABT)
-        if not clear:
-            seen = at.visible(chunk, slice(0, tiles.rows), query_segments, key_segments)
-            scores = jnp.where(seen, scores, HIDDEN)
-        probs = jnp.exp2(scores - _row(lse))
-        dv_sums[keys, :] += dot(probs.astype(grads.dtype), grads)
-        dscores = (probs * (dot(value, grads, ABT) - _row(delta))).astype(key.dtype)
-        dk_sums[keys, :] += dot(dscores, scaled[...])
-        dq_sums[...] += dot(key, dscores, ATB)
-
-    work = at.first < at.end
+        refs.dk_sums[...] = jnp.zeros_like(refs.dk_sums)
+        refs.dv_sums[...] = jnp.zeros_like(refs.dv_sums)
 
     @pl.when(work)
     def _():
-        scaled[...] = existing(scale_rows(q[...], query_scale, tiles=tiles, scale=scale)).astype(scaled.dtype)
-        dq_sums[...] = jnp.zeros_like(dq_sums)
-        at.for_each(at.first, accumulate)
-        result = scale_rows(dq_sums[...].T, query_scale, tiles=tiles, scale=scale / LOG2_E)
-        dq[...] = result.reshape(dq.shape).astype(dq.dtype)
+        q = _existing(scale_rows(refs.q[...], refs.query_scale, tiles=tiles, scale=scale), tiles, i)
+        refs.scaled[...] = q.astype(refs.scaled.dtype)
+        refs.dq_sums[...] = jnp.zeros_like(refs.dq_sums)
+        at.for_each(at.first, lambda chunk, clear: _accumulate(refs, at, i, chunk, clear))
+        dq = scale_rows(refs.dq_sums[...].T, refs.query_scale, tiles=tiles, scale=scale / LOG2_E)
+        refs.dq[...] = dq.reshape(refs.dq.shape).astype(refs.dq.dtype)
 
     @pl.when(~work)
     def _():
-        dq[...] = jnp.zeros_like(dq)
+        refs.dq[...] = jnp.zeros_like(refs.dq)
 
     @pl.when((g == pl.num_programs(3) - 1) & (i == tiles.query_blocks - 1))
     def _():
-        dk[...] = (dk_sums[...] / LOG2_E).astype(dk.dtype)
-        dv[...] = dv_sums[...].astype(dv.dtype)
+        refs.dk[...] = (refs.dk_sums[...] / LOG2_E).astype(refs.dk.dtype)
+        refs.dv[...] = refs.dv_sums[...].astype(refs.dv.dtype)
+
+
+def _accumulate(refs: _Refs, at: Visit, query_block, chunk, clear: bool) -> None:
+    """Adds what a chunk of keys and a block of queries give to the gradients of each other."""
+    tiles, keys = at.tiles, at.keys(chunk)
+    k, v = (x[keys, :] if clear else at.existing(x[keys, :], chunk) for x in (refs.k, refs.v))
+    dout = _existing(refs.dout[...].reshape(tiles.rows, -1), tiles, query_block)
+    scores = dot(k, refs.scaled[...], ABT)
+    if not clear:
+        seen = at.visible(chunk, slice(0, tiles.rows), refs.query_segments, refs.key_segments)
+        scores = jnp.where(seen, scores, HIDDEN)
+    probs = jnp.exp2(scores - _row(refs.lse))
+    refs.dv_sums[keys, :] += dot(probs.astype(dout.dtype), dout)
+    dscores = (probs * (dot(v, dout, ABT) - _row(refs.delta))).astype(k.dtype)
+    refs.dk_sums[keys, :] += dot(dscores, refs.scaled[...])
+    refs.dq_sums[...] += dot(k, dscores, ATB)
+
+
+def _existing(rows, tiles: Tiles, query_block):
+    """Rows of a block of queries, zero beyond the last query."""
+    if tiles.queries % tiles.tokens == 0:
+        return rows
+    token = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 0) & (tiles.tokens - 1)
+    return jnp.where(token < tiles.queries - query_block * tiles.tokens, rows, 0)
 
 
 def _row(per_query):
@@ -78,42 +118,42 @@ def _row(per_query):
     return jnp.concatenate([per_query[head] for head in range(per_query.shape[0])], axis=1)
 
 
-def backward(
-    q, k, v, control, query_scale, query_segments, key_segments, out, lse, dout, dlse,
-    *, tiles: Tiles, scale: float, interpret: bool,
-):  # fmt: skip
-    """dq, dk and dv; arguments as of `forward`, its results, and their cotangents."""
-    batch, kv_heads, group, _, dim = q.shape
-    runs = segment_runs(tiles, query_segments[:, 0], key_segments[:, 0]) if tiles.segmented else None
-    # Each score's gradient is p * (dp - delta), with one delta for a whole row; that of its log-sum-exp is p.
+def _row_constants(tiles: Tiles, out, lse, dout, dlse):
+    """lse in powers of two and delta, [B, K, G, 1, T], padded to whole blocks: the gradient of a score is
+    p * (dp - delta)."""
     delta = jnp.einsum("bkgth,bkgth->bkgt", dout.astype(jnp.float32), out.astype(jnp.float32))[..., None, :] - dlse
     # Rows that see nothing, and those beyond the last, have probabilities of zero.
     lse = jnp.where(lse > NOTHING, lse * LOG2_E, -NOTHING)
     beyond = ((0, 0),) * 4 + ((0, -tiles.queries % tiles.tokens),)
-    lse, delta = jnp.pad(lse, beyond, constant_values=-NOTHING), jnp.pad(delta, beyond)
+    return jnp.pad(lse, beyond, constant_values=-NOTHING), jnp.pad(delta, beyond)
 
-    def place(b, h, j, g, i, control, runs=None):
+
+def backward(
+    q, k, v, offsets, window, query_scale, query_segments, key_segments, out, lse, dout, dlse,
+    *, tiles: Tiles, scale: float, interpret: bool,
+):  # fmt: skip
+    """dq, dk and dv; arguments as of `forward`, its results, and their cotangents."""
+    batch, kv_heads, group, _, dim = q.shape
+    runs = None if query_segments is None else segment_runs(tiles, query_segments[:, 0], key_segments[:, 0])
+    lse, delta = _row_constants(tiles, out, lse, dout, dlse)
+
+    def place(b, h, j, g, i, *scalars):
         # Where nothing is seen nothing is loaded, but for the block that comes next.
-        first, last = query_blocks(tiles, control, b, j)
+        first, last = query_blocks(tiles, Scalars(*scalars), b, j)
         return b, h, g, jnp.maximum(jnp.minimum(i, last), jnp.minimum(first, tiles.query_blocks - 1)), j
 
-    spec = specs(tiles, dim, place)
-    parts = tiles.kv_blocks
+    spec, parts = specs(tiles, dim, place), tiles.kv_blocks
     part = pl.BlockSpec(
         (None, None, None, tiles.heads, tiles.tokens, dim), lambda b, h, j, g, i, *_: (j, b, h, g, i, 0)
     )
+    sums = [(dim, tiles.rows), (tiles.block_kv, dim), (tiles.block_kv, dim)]
     dq, dk, dv = pl.pallas_call(
         functools.partial(_kernel, tiles=tiles, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(batch, kv_heads, tiles.kv_blocks, group // tiles.heads, tiles.query_blocks),
             in_specs=[
-                spec["queries"],
-                spec["keys"],
-                spec["keys"],
-                None if query_scale is None else spec["per_token"],
-                spec["per_token"] if tiles.segmented else None,
-                spec["per_key"] if tiles.segmented else None,
+                *input_specs(spec, query_scale, query_segments),
                 spec["queries"],
                 spec["per_query"],
                 spec["per_query"],
@@ -121,9 +161,7 @@ def backward(
             out_specs=[part, spec["keys"], spec["keys"]],
             scratch_shapes=[
                 pltpu.VMEM((tiles.rows, dim), q.dtype),
-                pltpu.VMEM((dim, tiles.rows), jnp.float32),
-                pltpu.VMEM((tiles.block_kv, dim), jnp.float32),
-                pltpu.VMEM((tiles.block_kv, dim), jnp.float32),
+                *(pltpu.VMEM(shape, jnp.float32) for shape in sums),
             ],
         ),
         out_shape=[
@@ -131,10 +169,8 @@ def backward(
             jax.ShapeDtypeStruct(k.shape, k.dtype),
             jax.ShapeDtypeStruct(v.shape, v.dtype),
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary")
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",) * 2),
         name="flash_attention_backward",
         interpret=interpret,
-    )(control, runs, q, k, v, query_scale, query_segments, key_segments, dout, lse, delta)
+    )(offsets, window, runs, q, k, v, query_scale, query_segments, key_segments, dout, lse, delta)
     return dq.sum(axis=0).astype(q.dtype), dk, dv

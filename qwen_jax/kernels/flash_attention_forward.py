@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwen_jax.kernels.tiles import Tiles, kv_blocks, segment_runs, visit
+from qwen_jax.kernels.tiles import Scalars, Tiles, Visit, kv_blocks, segment_runs, visit
 
 # The softmax is in powers of two, which is what the hardware has; the factor is part of the scale of the queries.
 LOG2_E = math.log2(math.e)
@@ -43,74 +44,110 @@ def scale_rows(q, query_scale, *, tiles: Tiles, scale: float):
     return q if query_scale is None else (q.T * jnp.concatenate([query_scale[...]] * tiles.heads, axis=1)).T
 
 
-def _kernel(
-    control, runs, q, k, v, query_scale, query_segments, key_segments, out, lse,
-    scaled, scores, maxima, top, total, sums, *, tiles: Tiles, scale: float,
-):  # fmt: skip
-    """Scratch: scaled [rows, H]; scores [chunk, rows] and maxima [1, rows] of the chunk that comes next; the state of
-    the softmax: top and total [1, rows], sums [H, rows]."""
+class _Refs(NamedTuple):
+    """Arguments of the kernel: scalars, blocks of inputs and outputs, and scratch.
+
+    Attributes:
+      scaled: [rows, H].
+      scores, maxima: [chunk, rows] and [1, rows], of the chunk that is accumulated next.
+      top, total, sums: [1, rows], [1, rows] and [H, rows], the state of the softmax.
+    """
+
+    offsets: Any
+    window: Any
+    runs: Any
+    q: Any
+    k: Any
+    v: Any
+    query_scale: Any
+    query_segments: Any
+    key_segments: Any
+    out: Any
+    lse: Any
+    scaled: Any
+    scores: Any
+    maxima: Any
+    top: Any
+    total: Any
+    sums: Any
+
+
+def _kernel(*args, tiles: Tiles, scale: float):
+    refs = _Refs(*args)
     batch, i, j = pl.program_id(0), pl.program_id(3), pl.program_id(4)
-    first, block = _kv_block(tiles, control, batch, i, j)
-    at = visit(tiles, control, runs, batch, i, block)
-    pieces = [slice(start, min(start + _PIECE, tiles.rows)) for start in range(0, tiles.rows, _PIECE)]
+    scalars = Scalars(refs.offsets, refs.window, refs.runs)
+    first, block = _kv_block(tiles, scalars, batch, i, j)
+    at = visit(tiles, scalars, batch, i, block)
 
     @pl.when(j == 0)
     def _():
-        scaled[...] = scale_rows(q[...], query_scale, tiles=tiles, scale=scale).astype(scaled.dtype)
-        top[...] = jnp.full_like(top, _LEAST_MAXIMUM)
-        total[...] = jnp.zeros_like(total)
-        sums[...] = jnp.zeros_like(sums)
+        q = scale_rows(refs.q[...], refs.query_scale, tiles=tiles, scale=scale)
+        refs.scaled[...] = q.astype(refs.scaled.dtype)
+        refs.top[...] = jnp.full_like(refs.top, _LEAST_MAXIMUM)
+        refs.total[...] = jnp.zeros_like(refs.total)
+        refs.sums[...] = jnp.zeros_like(refs.sums)
 
-    def compute(chunk, piece, clear):
-        x = dot(k[at.keys(chunk), :], scaled[piece, :], ABT)
-        return x if clear else jnp.where(at.visible(chunk, piece, query_segments, key_segments), x, HIDDEN)
-
-    def put(x, piece):
-        scores[:, piece] = x
-        maxima[:, piece] = x.max(axis=0, keepdims=True)
-
-    def accumulate(piece, values):
-        new_top = jnp.maximum(top[:, piece], maxima[:, piece])
-        shrink = jnp.exp2(top[:, piece] - new_top)
-        probs = jnp.exp2(scores[:, piece] - new_top)
-        top[:, piece] = new_top
-        total[:, piece] = total[:, piece] * shrink + probs.sum(axis=0, keepdims=True)
-        sums[:, piece] = sums[:, piece] * shrink + dot(values, probs.astype(values.dtype), ATB)
-
-    def begin(clear):
-        for piece in pieces:
-            put(compute(at.first, piece, clear), piece)
-
-    def advance(chunk, clear):
-        for piece in pieces:
-            x = compute(chunk, piece, clear)
-            accumulate(piece, v[at.keys(chunk - 1), :])
-            put(x, piece)
-
-    @pl.when((block >= first) & (at.first < at.end))
-    def _():
-        clear = at.clear(at.first)
-        pl.when(clear)(lambda: begin(True))
-        pl.when(~clear)(lambda: begin(False))
-        at.for_each(at.first + 1, advance)
-        for piece in pieces:
-            accumulate(piece, at.existing(v[at.keys(at.end - 1), :], at.end - 1))
+    pl.when((block >= first) & (at.first < at.end))(lambda: _walk(refs, at))
 
     @pl.when(j == tiles.kv_blocks - 1)
     def _():
-        seen = total[...] > 0
-        out[...] = (sums[...] * jnp.where(seen, 1 / total[...], 0)).T.reshape(out.shape).astype(out.dtype)
-        logs = jnp.where(seen, (top[...] + jnp.log2(total[...])) / LOG2_E, NOTHING)
+        total = refs.total[...]
+        out = (refs.sums[...] * jnp.where(total > 0, 1 / total, 0)).T
+        refs.out[...] = out.reshape(refs.out.shape).astype(refs.out.dtype)
+        lse = jnp.where(total > 0, (refs.top[...] + jnp.log2(total)) / LOG2_E, NOTHING)
         for head in range(tiles.heads):
-            lse[head] = logs[:, head * tiles.tokens : (head + 1) * tiles.tokens]
+            refs.lse[head] = lse[:, head * tiles.tokens : (head + 1) * tiles.tokens]
 
 
-def _kv_block(tiles: Tiles, control, batch, i, j):
+def _walk(refs: _Refs, at: Visit) -> None:
+    """Takes the chunks of a visit into the softmax, each while the scores of the next are computed."""
+    pieces = [slice(row, min(row + _PIECE, at.tiles.rows)) for row in range(0, at.tiles.rows, _PIECE)]
+
+    def compute(chunk, piece, clear):
+        scores = dot(refs.k[at.keys(chunk), :], refs.scaled[piece, :], ABT)
+        if clear:
+            return scores
+        return jnp.where(at.visible(chunk, piece, refs.query_segments, refs.key_segments), scores, HIDDEN)
+
+    def keep(scores, piece):
+        refs.scores[:, piece] = scores
+        refs.maxima[:, piece] = scores.max(axis=0, keepdims=True)
+
+    def begin(clear):
+        for piece in pieces:
+            keep(compute(at.first, piece, clear), piece)
+
+    def advance(chunk, clear):
+        for piece in pieces:
+            scores = compute(chunk, piece, clear)
+            _accumulate(refs, piece, refs.v[at.keys(chunk - 1), :])
+            keep(scores, piece)
+
+    clear = at.clear(at.first)
+    pl.when(clear)(lambda: begin(True))
+    pl.when(~clear)(lambda: begin(False))
+    at.for_each(at.first + 1, advance)
+    values = at.existing(refs.v[at.keys(at.end - 1), :], at.end - 1)
+    for piece in pieces:
+        _accumulate(refs, piece, values)
+
+
+def _accumulate(refs: _Refs, piece: slice, values) -> None:
+    """Takes the scores that are kept into the softmax."""
+    top = jnp.maximum(refs.top[:, piece], refs.maxima[:, piece])
+    shrink = jnp.exp2(refs.top[:, piece] - top)
+    probs = jnp.exp2(refs.scores[:, piece] - top)
+    refs.top[:, piece] = top
+    refs.total[:, piece] = refs.total[:, piece] * shrink + probs.sum(axis=0, keepdims=True)
+    refs.sums[:, piece] = refs.sums[:, piece] * shrink + dot(values, probs.astype(values.dtype), ATB)
+
+
+def _kv_block(tiles: Tiles, scalars: Scalars, batch, i, j):
     """The first block of keys that a block of queries sees, and the one at step j: before the first, there is no work.
 
     The last block comes at the last step, so that steps without work come first, while the first block is loaded.
     """
-    first, last = kv_blocks(tiles, control, batch, i)
+    first, last = kv_blocks(tiles, scalars, batch, i)
     return first, last - (tiles.kv_blocks - 1 - j)
 
 
@@ -130,52 +167,45 @@ def specs(tiles: Tiles, dim: int, place):
     }
 
 
+def input_specs(spec, query_scale, query_segments):
+    """Of q, k, v, query_scale, query_segments and key_segments; None for those that are None."""
+    segments = [None, None] if query_segments is None else [spec["per_token"], spec["per_key"]]
+    return [spec["queries"], spec["keys"], spec["keys"], None if query_scale is None else spec["per_token"], *segments]
+
+
 def forward(
-    q, k, v, control, query_scale, query_segments, key_segments, *, tiles: Tiles, scale: float, interpret: bool
+    q, k, v, offsets, window, query_scale, query_segments, key_segments, *, tiles: Tiles, scale: float, interpret: bool
 ):
     """out [B, K, G, T, H] and lse [B, K, G, 1, T] of q [B, K, G, T, H] and k, v [B, K, S, H].
 
-    control: see `tiles.kv_blocks`; query_scale and query_segments [B, 1, T], key_segments [B, 1, S], or None.
+    offsets [B], and window [1], query_scale and query_segments [B, 1, T] and key_segments [B, 1, S], each or None.
     """
     batch, kv_heads, group, length, dim = q.shape
-    runs = segment_runs(tiles, query_segments[:, 0], key_segments[:, 0]) if tiles.segmented else None
+    runs = None if query_segments is None else segment_runs(tiles, query_segments[:, 0], key_segments[:, 0])
 
-    def place(b, h, g, i, j, control, runs=None):
-        first, block = _kv_block(tiles, control, b, i, j)
+    def place(b, h, g, i, j, *scalars):
+        first, block = _kv_block(tiles, Scalars(*scalars), b, i, j)
         return b, h, g, i, jnp.maximum(block, jnp.minimum(first, tiles.kv_blocks - 1))
 
     spec = specs(tiles, dim, place)
-    row = pltpu.VMEM((1, tiles.rows), jnp.float32)
+    scratch = [(tiles.chunk, tiles.rows), *[(1, tiles.rows)] * 3, (dim, tiles.rows)]
     return pl.pallas_call(
         functools.partial(_kernel, tiles=tiles, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(batch, kv_heads, group // tiles.heads, tiles.query_blocks, tiles.kv_blocks),
-            in_specs=[
-                spec["queries"],
-                spec["keys"],
-                spec["keys"],
-                None if query_scale is None else spec["per_token"],
-                spec["per_token"] if tiles.segmented else None,
-                spec["per_key"] if tiles.segmented else None,
-            ],
+            in_specs=input_specs(spec, query_scale, query_segments),
             out_specs=[spec["queries"], spec["per_query"]],
             scratch_shapes=[
                 pltpu.VMEM((tiles.rows, dim), q.dtype),
-                pltpu.VMEM((tiles.chunk, tiles.rows), jnp.float32),
-                row,
-                row,
-                row,
-                pltpu.VMEM((dim, tiles.rows), jnp.float32),
+                *(pltpu.VMEM(shape, jnp.float32) for shape in scratch),
             ],
         ),
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, kv_heads, group, 1, length), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary")
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 4 + ("arbitrary",)),
         name="flash_attention_forward",
         interpret=interpret,
-    )(control, runs, q, k, v, query_scale, query_segments, key_segments)
+    )(offsets, window, runs, q, k, v, query_scale, query_segments, key_segments)

@@ -21,23 +21,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Num
 
+from qwen_jax.kernels.blocks import Generation
+
 _HIDDEN = -1e30  # a hidden score: finite, so that a query that sees nothing of a block gives no NaN
 _LANES, _SUBLANES = 128, 8
 _MAX_HEADS = 4  # kv heads at a time; more would only need larger buffers
-_CORES = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1, "v7x": 1}  # of a device; each takes its share of the kv heads
+# Cores of a device; each takes its share of the kv heads.
+_CORES: dict[Generation, int] = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1, "v7x": 1}
+# Pages in a table: the 2^18 words of the scalar core, less room for the rest of the plan and what the compiler spills.
+_MAX_TABLE = 2**18 - 2**14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """How much is computed at a time.
+    """How much is computed at a time, at most; but no less than 16 queries and one page.
 
     Attributes:
       rows: queries times the heads that share a kv head.
-      keys: slots of pages.
+      keys: slots of pages; half as many of float32, which take twice the memory.
     """
 
     rows: int = 512
-    keys: int = 512
+    keys: int = 1024
 
 
 @jax.tree_util.register_dataclass
@@ -97,26 +102,29 @@ def paged_attention(
     scale: float,
     window: Int[Array, ""] | None = None,
     scales: Float[Array, "P K 2 S"] | None = None,
-    generation: str,
+    generation: Generation,
     blocks: Blocks = Blocks(),
     interpret: bool = False,
 ) -> Float[Array, "T N H"]:
     """Causal attention of each new token to its row, itself included; zeros for tokens of no row.
 
-    The slow twin `ops.paged_attention.paged_attention` says what the arrays are. The table must fit into the memory of
-    the scalar core, with 4 bytes for each of its R x M pages. Raises ValueError where shapes cannot be honoured.
+    The slow twin `ops.paged_attention.paged_attention` says what the arrays are.
 
     Args:
-      generation: of the TPU: "v4", "v5e", "v5p", "v6e" or "v7x".
+      generation: of the TPU.
       blocks: how much is computed at a time.
       interpret: run on CPU, for tests.
+
+    Raises:
+      ValueError: shapes do not tile, or the table is too large for the memory of the scalar core (1 MiB).
     """
-    _check(q, pages, scales, generation)
+    _check(q, pages, page_table, scales, generation)
     (count, num_heads, dim), (_, kv_heads, _, lanes) = q.shape, pages.shape
     page_size = pages.shape[2] if scales is None else scales.shape[3]
     group, heads = num_heads // kv_heads, _heads_at_once(kv_heads, generation)
     queries = max(16, blocks.rows // group // 16 * 16)
-    block_pages = max(1, blocks.keys // page_size)
+    keys = blocks.keys // 2 if pages.dtype == jnp.float32 else blocks.keys
+    block_pages = max(1, keys // page_size)
     # At H = 64 key and value fill one tile of lanes together: zeros in the query hide the value from the scores.
     width = dim if dim % _LANES == 0 else lanes
     rows = q.reshape(count, kv_heads, group, dim).swapaxes(0, 1).astype(jnp.float32)
@@ -142,24 +150,31 @@ def paged_attention(
     return jnp.where(jnp.arange(count)[:, None, None] < query_starts[num_rows[0]], out, 0).astype(q.dtype)
 
 
-def _heads_at_once(kv_heads: int, generation: str) -> int:
+def _heads_at_once(kv_heads: int, generation: Generation) -> int:
     share = kv_heads // math.gcd(kv_heads, _CORES[generation])
     return max(heads for heads in range(1, _MAX_HEADS + 1) if share % heads == 0)
 
 
-def _check(q: Array, pages: Array, scales: Array | None, generation: str) -> None:
+def _check(q: Array, pages: Array, page_table: Array, scales: Array | None, generation: Generation) -> None:
     (_, num_heads, dim), (_, kv_heads, rows, lanes) = q.shape, pages.shape
     tile = 32 // pages.dtype.itemsize
+    if generation not in _CORES:
+        raise ValueError(f"generation={generation!r} is none of {', '.join(_CORES)}")
+    if pages.dtype not in ((jnp.bfloat16, jnp.float32) if scales is None else (jnp.int32,)):
+        wanted = "bfloat16 or float32 without scales, int32 with them"
+        raise ValueError(f"pages are {pages.dtype}, scales are {'not ' * (scales is None)}given: wanted {wanted}")
     if num_heads % kv_heads:
         raise ValueError(f"{num_heads} query heads cannot share {kv_heads} kv heads evenly")
     if lanes != 2 * dim or lanes % _LANES:
         raise ValueError(f"pages of {lanes} lanes and heads of {dim}: wanted 2 x {dim}, and a multiple of {_LANES}")
     if rows % tile:
         raise ValueError(f"pages of {rows} rows of {pages.dtype}: wanted a multiple of {tile}, the rows of a tile")
-    if (scales is None) == (pages.dtype == jnp.int32):
-        raise ValueError(f"pages are {pages.dtype}, and scales are {'missing' if scales is None else 'given'}")
-    if generation not in _CORES:
-        raise ValueError(f"generation {generation!r} is unknown; choose one of {', '.join(_CORES)}")
+    if scales is not None and (scales.shape[3] != 4 * rows or scales.shape[3] % _LANES):
+        slots = f"{4 * rows} slots of int8 with scales for {scales.shape[3]}"
+        raise ValueError(f"pages of {slots}: wanted as many, a multiple of {_LANES}, the lanes of a tile")
+    if page_table.size > _MAX_TABLE:
+        table = f"{page_table.shape[0]} rows x {page_table.shape[1]} pages"
+        raise ValueError(f"a table of {table}: wanted at most {_MAX_TABLE} in all; use fewer rows or larger pages")
 
 
 def _plan(

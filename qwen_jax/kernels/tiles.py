@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,6 @@ class Tiles:
       heads: query heads in a block, all of one kv head; the rows of a block are heads * tokens, head by head.
       block_kv: keys that are loaded at once.
       chunk: keys that are computed at once.
-      windowed, segmented: whether there is a window, and whether there are segments.
     """
 
     queries: int
@@ -38,8 +38,6 @@ class Tiles:
     heads: int
     block_kv: int
     chunk: int
-    windowed: bool
-    segmented: bool
 
     @property
     def rows(self) -> int:
@@ -59,14 +57,12 @@ class Tiles:
         return -(-self.keys // self.chunk)
 
 
-def cut(
-    *, queries: int, keys: int, group: int, block_q: int, block_kv: int, block_kv_compute: int, **flags: bool
-) -> Tiles:
+def cut(*, queries: int, keys: int, group: int, block_q: int, block_kv: int, block_kv_compute: int) -> Tiles:
     """Tiles for `group` query heads per kv head, none larger than the lengths ask for."""
     tokens, block_kv = min(block_q, _round_up(queries)), min(block_kv, _round_up(keys))
     heads = max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * tokens <= block_q))
     chunk = min(block_kv_compute, block_kv)
-    return Tiles(queries=queries, keys=keys, tokens=tokens, heads=heads, block_kv=block_kv, chunk=chunk, **flags)
+    return Tiles(queries=queries, keys=keys, tokens=tokens, heads=heads, block_kv=block_kv, chunk=chunk)
 
 
 def _round_up(length: int) -> int:
@@ -74,22 +70,36 @@ def _round_up(length: int) -> int:
     return max(128, 1 << (length - 1).bit_length())
 
 
-def kv_blocks(tiles: Tiles, control, batch, query_block):
-    """The first and the last block of keys that a block of queries sees; the last is before the first if there is none.
+class Scalars(NamedTuple):
+    """What a kernel knows before it loads anything.
 
-    control: in scalar memory, the window (0: none) and, per row of the batch, the position of query 0 among the keys.
+    Attributes:
+      offsets: [B], the place of query 0 among the keys.
+      window: [1], how many of the latest keys are visible, 0 for all; or None, for all.
+      runs: of `segment_runs`, or None.
     """
-    position = control[1 + batch] + query_block * tiles.tokens
-    first = _divide(position - _window(tiles, control) + 1, tiles.block_kv)
+
+    offsets: Any
+    window: Any
+    runs: Any
+
+    def width(self):
+        return _UNLIMITED if self.window is None else jnp.where(self.window[0] > 0, self.window[0], _UNLIMITED)
+
+
+def kv_blocks(tiles: Tiles, scalars: Scalars, batch, query_block):
+    """The first and the last block of keys that a block of queries sees; if none, the last comes before the first."""
+    position = scalars.offsets[batch] + query_block * tiles.tokens
+    first = _divide(position - scalars.width() + 1, tiles.block_kv)
     last = _divide(position + tiles.tokens - 1, tiles.block_kv)
     return jnp.maximum(first, 0), jnp.minimum(last, tiles.kv_blocks - 1)
 
 
-def query_blocks(tiles: Tiles, control, batch, kv_block):
+def query_blocks(tiles: Tiles, scalars: Scalars, batch, kv_block):
     """The first and the last block of queries that sees a block of keys, likewise."""
-    position = kv_block * tiles.block_kv - control[1 + batch]
+    position = kv_block * tiles.block_kv - scalars.offsets[batch]
     first = _divide(position, tiles.tokens)
-    last = _divide(position + tiles.block_kv - 1 + _window(tiles, control) - 1, tiles.tokens)
+    last = _divide(position + tiles.block_kv - 1 + scalars.width() - 1, tiles.tokens)
     return jnp.maximum(first, 0), jnp.minimum(last, tiles.query_blocks - 1)
 
 
@@ -98,13 +108,14 @@ class Visit:
     """A block of queries at a block of keys, in scalars of the kernel.
 
     Attributes:
+      scalars: what the kernel knows of the masks.
       lead: how far the first query is ahead of the first key.
       keys_left: keys from the first of the block to the last there is.
       first, end, clear_first, clear_end: chunks of the block, counted from its first.
     """
 
     tiles: Tiles
-    window: jax.Array | int
+    scalars: Scalars
     lead: jax.Array
     keys_left: jax.Array
     first: jax.Array
@@ -119,7 +130,7 @@ class Visit:
         """`body(chunk, clear)` for the chunks from `first` on, in order."""
         clear_first = jnp.clip(self.clear_first, first, jnp.maximum(first, self.end))
         clear_end = jnp.maximum(clear_first, jnp.minimum(self.clear_end, self.end))
-        if self.tiles.windowed or self.tiles.segmented:
+        if self.scalars.window is not None or self.scalars.runs is not None:
             jax.lax.fori_loop(first, clear_first, lambda c, _: body(c, False), None)
         jax.lax.fori_loop(clear_first, clear_end, lambda c, _: body(c, True), None)
         jax.lax.fori_loop(clear_end, self.end, lambda c, _: body(c, False), None)
@@ -137,11 +148,11 @@ class Visit:
         if tiles.heads > 1:
             query &= tiles.tokens - 1
         seen = query - key >= -lead
-        if tiles.windowed:
-            seen &= query - key < self.window - lead
+        if self.scalars.window is not None:
+            seen &= query - key < self.scalars.width() - lead
         if tiles.keys % tiles.chunk:
             seen &= key < self.keys_left - chunk * tiles.chunk
-        if tiles.segmented:
+        if query_segments is not None:
             queries = jnp.concatenate([query_segments[...]] * tiles.heads, axis=1)[:, columns]
             seen &= queries == key_segments[:, self.keys(chunk)].T
         return seen
@@ -154,22 +165,22 @@ class Visit:
         return jnp.where(key < self.keys_left - chunk * self.tiles.chunk, x, 0)
 
 
-def visit(tiles: Tiles, control, segment_runs, batch, query_block, kv_block) -> Visit:
-    """The visit of a block of queries at a block of keys; segment_runs: of the function of this name, or None."""
-    chunk, before, window = tiles.chunk, kv_block * (tiles.block_kv // tiles.chunk), _window(tiles, control)
-    lead = control[1 + batch] + query_block * tiles.tokens - kv_block * tiles.block_kv
+def visit(tiles: Tiles, scalars: Scalars, batch, query_block, kv_block) -> Visit:
+    """The visit of a block of queries at a block of keys."""
+    chunk, before, window = tiles.chunk, kv_block * (tiles.block_kv // tiles.chunk), scalars.width()
+    lead = scalars.offsets[batch] + query_block * tiles.tokens - kv_block * tiles.block_kv
     latest, keys_left = lead + tiles.tokens - 1, tiles.keys - kv_block * tiles.block_kv
     first, clear_first = _divide(lead - window + 1, chunk), _divide(latest - window + chunk, chunk)
     end = jnp.minimum(_divide(latest, chunk) + 1, tiles.chunks - before)
     clear_end = jnp.minimum(_divide(lead + 1, chunk), _divide(keys_left, chunk))
-    if tiles.segmented:
-        skipped, dropped, clear_skipped, clear_dropped = (segment_runs[n, batch, query_block] for n in range(4))
+    if scalars.runs is not None:
+        skipped, dropped, clear_skipped, clear_dropped = (scalars.runs[n, batch, query_block] for n in range(4))
         first, end = jnp.maximum(first, skipped - before), jnp.minimum(end, tiles.chunks - dropped - before)
         clear_first = jnp.maximum(clear_first, clear_skipped - before)
         clear_end = jnp.minimum(clear_end, tiles.chunks - clear_dropped - before)
     return Visit(
         tiles=tiles,
-        window=window,
+        scalars=scalars,
         lead=lead,
         keys_left=keys_left,
         first=jnp.maximum(first, 0),
@@ -207,10 +218,6 @@ def _bounds(segments: Int[Array, "B L"], size: int):
 def _leading(flags: Bool[Array, "*blocks chunks"]) -> Int[Array, "*blocks"]:
     """How many flags are set before the first that is not."""
     return jnp.cumprod(flags.astype(jnp.int32), axis=-1).sum(-1, dtype=jnp.int32)
-
-
-def _window(tiles: Tiles, control):
-    return jnp.where(control[0] > 0, control[0], _UNLIMITED) if tiles.windowed else _UNLIMITED
 
 
 def _divide(x, size: int):

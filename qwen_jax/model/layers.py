@@ -38,7 +38,7 @@ class Linear(nn.Module):
         y = contract(self.pattern, x, w)
         if self.bias:
             shape = tuple(self.shape[i] for i in outs)
-            split = sharding.weight("".join(ws[i] for i in outs), shape)
+            split = sharding.gathered("".join(ws[i] for i in outs), shape)
             b = self.param("b", lambda key: jnp.zeros(shape, self.param_dtype, out_sharding=split))
             y = y + b.astype(y.dtype)
         return y

@@ -17,16 +17,15 @@ def embed(tokens: Int[Array, "B T"], table: Float[Array, "V D"], *, dtype: jnp.d
     sum over `tensor`; a gather left to the partitioner makes it rebuild the whole activation on every device.
     """
     table = jax.sharding.reshard(table.astype(dtype), sharding.weight("vd", table.shape))
-    ids = sharding.activation("bt", tokens.shape)
+    ids, spec = sharding.activation("bt", tokens.shape), sharding.weight("vd", table.shape)
 
     def look_up(tokens, rows):
-        rows = sharding.all_gather(rows, axis=1)
+        rows = sharding.all_gather(rows, axis=sharding.fsdp_dimension(spec))
         local = tokens - jax.lax.axis_index("tensor") * rows.shape[0]
         held = (local >= 0) & (local < rows.shape[0])
         vectors = rows.at[jnp.where(held, local, 0)].get(mode="promise_in_bounds")
         return jax.lax.psum(jnp.where(held[..., None], vectors, 0), "tensor")
 
-    spec = sharding.weight("vd", table.shape)
     # Replication is checked by the tests on meshes: the checker knows no gathers in stages.
     vectors = jax.shard_map(look_up, in_specs=(ids, spec), out_specs=P(*ids, None), check_vma=False)(tokens, table)
     known = (tokens >= 0) & (tokens < table.shape[0])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from qwen_jax import sharding
+from qwen_jax.ops.mask import HIDDEN
 
-# Logits of one chunk on one device, in float32 numbers: 128 MiB. Large enough for full-speed matmuls.
-_CHUNK = 2**25
+# The vocabulary is taken in chunks. With no more logits than this on one device there is one: 128 MiB in float32.
+_LOGITS = 2**25
+# But none has fewer rows, so that the hidden states are not read too often.
+_LEAST_ROWS = 4096
 
 
 def chunked_cross_entropy(
@@ -21,8 +27,9 @@ def chunked_cross_entropy(
 ) -> Float[Array, ""]:
     """The sum over tokens of `weights * (logsumexp(z) - z[target])`, z = table @ hidden, in float32 nats.
 
-    Differentiable in `hidden` and `table`. Their gradients are computed chunk by chunk in the forward pass, while
-    the logits are at hand: three matmuls with the table in all, none of them done twice.
+    Differentiable in `hidden` and `table`; their gradients are computed in the forward pass. Of every token only the
+    log-sum-exp is kept from a first walk over the chunks, and the second computes the logits again: a chunk then has
+    all there is to know of its rows of the table, whose gradient is neither summed over chunks nor held in float32.
     """
     rows = sharding.activation("btd", hidden.shape)
     table = jax.sharding.reshard(table, sharding.weight("vd", table.shape))
@@ -50,33 +57,19 @@ _cross_entropy.defvjp(_forward, _backward)
 
 def _over_chunks(hidden, table, targets, weights, *, with_gradient):
     rows, split = sharding.activation("btd", hidden.shape), sharding.weight("vd", table.shape)
-    ids = P(*rows[:2])
+    ids, by_fsdp = P(*rows[:2]), sharding.fsdp_dimension(split)
 
     def local(hidden, table, targets, weights):
-        dtype = hidden.dtype
         # Whole along fsdp, gathered once and not in every chunk; the gradient is scattered back the same way.
-        whole = sharding.all_gather(table.astype(dtype), axis=1)
-        chunks, count = _split_rows(hidden, targets, weights, _CHUNK // whole.shape[0])
-
-        def chunk(carry, inputs):
-            loss, dtable = carry
-            x, ids, scale = inputs
-            part, dlogits = _chunk_loss(x, ids, scale, whole)
-            if not with_gradient:
-                return (loss + part, dtable), None
-            dlogits = dlogits.astype(dtype)
-            dx = jax.lax.psum(jnp.dot(dlogits, whole, preferred_element_type=jnp.float32), "tensor").astype(dtype)
-            dtable += jnp.einsum("mv,md->vd", dlogits, x, preferred_element_type=jnp.float32)
-            return (loss + part, dtable), dx
-
-        start = jnp.zeros(whole.shape, jnp.float32) if with_gradient else None
-        (loss, dtable), dx = jax.lax.scan(chunk, (jnp.zeros((), jnp.float32), start), chunks)
+        whole = sharding.all_gather(table.astype(hidden.dtype), axis=by_fsdp)
+        tokens = _Tokens(hidden.reshape(-1, hidden.shape[-1]), targets.ravel(), weights.ravel())
+        loss, gradients = _local_loss(tokens, whole, with_gradient=with_gradient)
         loss = jax.lax.psum(loss, sharding.TOKENS)
-        if dx is None or dtable is None:
+        if gradients is None:
             return loss, None
-        dhidden = dx.reshape(-1, hidden.shape[-1])[:count].reshape(hidden.shape)
-        dtable = sharding.reduce_scatter(dtable.astype(dtype), axis=1)
-        return loss, (dhidden, dtable.astype(table.dtype))
+        dhidden, dtable = gradients
+        dtable = sharding.reduce_scatter(dtable, axis=by_fsdp).astype(table.dtype)
+        return loss, (jax.lax.psum(dhidden, "tensor").astype(hidden.dtype).reshape(hidden.shape), dtable)
 
     # Replication is checked by the tests on meshes: the checker cannot follow the scan's carry.
     mapped = jax.shard_map(
@@ -88,28 +81,69 @@ def _over_chunks(hidden, table, targets, weights, *, with_gradient):
     return mapped(hidden, table, targets, weights)
 
 
-def _split_rows(hidden, targets, weights, chunk):
-    """The tokens of this device in equal chunks [C, M, ...], the last filled up with weight 0, and their number."""
-    count = targets.size
-    chunks = max(1, -(-count // max(1, chunk)))
-    size = -(-count // chunks)
-    fill = chunks * size - count
+class _Tokens(NamedTuple):
+    """What one device has of the batch: hidden states [M, D], targets and weights [M]."""
 
-    def split(x):
-        x = x.reshape(count, *x.shape[2:])
-        return jnp.pad(x, ((0, fill), *((0, 0),) * (x.ndim - 1))).reshape(chunks, size, *x.shape[1:])
-
-    return (split(hidden), split(targets), split(weights)), count
+    hidden: jax.Array
+    targets: jax.Array
+    weights: jax.Array
 
 
-def _chunk_loss(hidden, targets, weights, table):
-    """The weighted loss of [M] tokens, and its gradient by the [M, V] logits of this device's part of V."""
-    logits = jnp.einsum("md,vd->mv", hidden, table, preferred_element_type=jnp.float32)
-    ids = jax.lax.axis_index("tensor") * table.shape[0] + jnp.arange(table.shape[0])
-    is_target = ids == targets[:, None]
-    top = jax.lax.pmax(logits.max(-1), "tensor")
-    exp = jnp.exp(logits - top[:, None])
-    total = jax.lax.psum(exp.sum(-1), "tensor")
-    of_target = jax.lax.psum(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), "tensor")
-    loss = jnp.sum(weights * (top + jnp.log(total) - of_target))
-    return loss, (exp / total[:, None] - is_target.astype(jnp.float32)) * weights[:, None]
+def _local_loss(tokens: _Tokens, table, *, with_gradient):
+    """The weighted loss of the tokens, and its gradient by hidden states (float32, of this part of V) and table."""
+    size, chunks = table.shape[0], _chunks(table, num_tokens=tokens.targets.size)
+    starts = jnp.arange(chunks.shape[0]) * chunks.shape[1]
+    # Of the targets in this device's part of the vocabulary.
+    places = tokens.targets - jax.lax.axis_index("tensor") * size
+
+    def logits(start, rows):
+        z = jnp.einsum("md,vd->mv", tokens.hidden, rows, preferred_element_type=jnp.float32)
+        place = start + jnp.arange(len(rows))
+        return jnp.where(place < size, z, HIDDEN) if chunks[..., 0].size > size else z, place == places[:, None]
+
+    def sums(carry, chunk):
+        top, total, of_target = carry
+        z, is_target = logits(*chunk)
+        higher = jnp.maximum(top, z.max(-1))
+        total = total * jnp.exp(top - higher) + jnp.exp(z - higher[:, None]).sum(-1)
+        return (higher, total, of_target + jnp.where(is_target, z, 0).sum(-1)), None
+
+    zeros = jnp.zeros(places.shape, jnp.float32)
+    (top, total, of_target), _ = _scan(sums, (zeros + HIDDEN, zeros, zeros), (starts, chunks))
+    highest = jax.lax.pmax(top, "tensor")
+    log_sum = highest + jnp.log(jax.lax.psum(total * jnp.exp(top - highest), "tensor"))
+    loss = jnp.sum(tokens.weights * (log_sum - jax.lax.psum(of_target, "tensor")))
+    if not with_gradient:
+        return loss, None
+
+    def gradients(dhidden, chunk):
+        z, is_target = logits(*chunk)
+        dz = (jnp.exp(z - log_sum[:, None]) - is_target.astype(z.dtype)) * tokens.weights[:, None]
+        dz = dz.astype(table.dtype)
+        dhidden += jnp.dot(dz, chunk[1], preferred_element_type=jnp.float32)
+        drows = jnp.einsum("mv,md->vd", dz, tokens.hidden, preferred_element_type=jnp.float32)
+        return dhidden, drows.astype(table.dtype)
+
+    dhidden, dtable = _scan(gradients, jnp.zeros(tokens.hidden.shape, jnp.float32), (starts, chunks))
+    return loss, (dhidden, dtable.reshape(-1, table.shape[1])[:size])
+
+
+def _chunks(table, *, num_tokens):
+    """The rows of a table [V, D] as [C, R, D], the last filled up with zeros."""
+    size = table.shape[0]
+    count = math.ceil(min(num_tokens * size / _LOGITS, size / _LEAST_ROWS))
+    if count <= 1:
+        return table[None]
+    # In whole tiles of 128 rows, and if there is such a number of chunks, with none left over.
+    tiles = -(-size // 128)
+    count = next((n for n in range(count, 2 * count) if tiles % n == 0), count)
+    rows = -(-tiles // count) * 128
+    return jnp.pad(table, ((0, count * rows - size), (0, 0))).reshape(count, rows, -1)
+
+
+def _scan(body, carry, xs):
+    """jax.lax.scan; without a loop if there is one step, so that both walks share their logits."""
+    if len(xs[0]) > 1:
+        return jax.lax.scan(body, carry, xs)
+    carry, y = body(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda y: y[None], y)

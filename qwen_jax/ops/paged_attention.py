@@ -9,7 +9,7 @@ or, quantised to int8,
 
 pages   [P, K, S/4, 2 H]  int32 words of four slots each, the first in the lowest byte: this is how TPU stores int8, and
                           XLA, which writes single rows of words in place, would copy all pages to write one of bytes
-scales  [P, K, 2, S]      float32, what to multiply the key and the value of a slot by
+scales  [P, K, 2, S]      float32, what to multiply the key and the value of a slot by; S % 128 = 0, as lanes are
 
 Batches are ragged. `lengths` [R] counts the tokens of each row, the new ones included; `page_table` [R, M] has the
 pages of its slots in order; the new tokens of row i, its last ones, are `query_starts[i]:query_starts[i + 1]` of the
@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from qwen_jax.ops.mask import HIDDEN
+
+_TOKENS_AT_ONCE = 32  # each with a copy of the pages of its row
 
 
 def paged_attention(
@@ -76,9 +78,6 @@ def paged_attention(
     return jax.lax.map(attend, (q, row, position), batch_size=min(count, _TOKENS_AT_ONCE))
 
 
-_TOKENS_AT_ONCE = 32  # each with a copy of the pages of its row
-
-
 def _by_head(x: Num[Array, "M K S X"]) -> Num[Array, "K MS X"]:
     """The pages of a row, one after another."""
     return x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[3])
@@ -113,19 +112,21 @@ def write_pages(
     size = page_size(pages, scales)
     # A page past the last: such updates are dropped.
     page = jnp.where(position < 0, len(pages), page_table[row, position // size])
-    slot = position % size
+    # An index for each row: else XLA on TPU may turn all pages around, to have the heads of a slot side by side.
+    page, heads, slot = page[:, None], jnp.arange(pages.shape[1]), position[:, None] % size
     if scales is None:
         update = jnp.concatenate([k, v], axis=-1).astype(pages.dtype)
-        return pages.at[page, :, slot].set(update, mode="drop"), None
+        return pages.at[page, heads, slot].set(update, mode="drop"), None
     (k, key_scale), (v, value_scale) = quantize(k), quantize(v)
     update = jnp.concatenate([k, v], axis=-1).astype(jnp.int32) & 255
-    # One index for each head, or XLA on TPU turns the whole array around to have heads and slots side by side.
-    at = (page[:, None], jnp.arange(pages.shape[1]), slice(None), slot[:, None])
-    scales = scales.at[at].set(jnp.stack([key_scale, value_scale], axis=-1), mode="drop")
+    # Rows of slots, [P K 2, S], are no other bytes where S = 128. With four axes XLA on TPU may turn these around too.
+    kind = (page * pages.shape[1] + heads)[..., None] * 2 + jnp.arange(2)
+    steps = jnp.stack([key_scale, value_scale], axis=-1)
+    scales = scales.reshape(-1, size).at[kind, slot[..., None]].set(steps, mode="drop").reshape(scales.shape)
     # Up to four tokens share a word. Each adds what changes its own byte, so their sum is right in any order.
-    word, shift = slot // 4, (slot % 4 * 8)[:, None, None]
-    change = (update - (pages[page, :, word] >> shift & 255)) << shift
-    return pages.at[page, :, word].add(change, mode="drop"), scales
+    word, shift = (page, heads, slot // 4), (slot % 4 * 8)[..., None]
+    change = (update - (pages[word] >> shift & 255)) << shift
+    return pages.at[word].add(change, mode="drop"), scales
 
 
 def quantize(x: Float[Array, "*n H"]) -> tuple[Int[Array, "*n H"], Float[Array, "*n"]]:
@@ -144,8 +145,7 @@ def _places(
     # Starts beyond the last row that counts may be anything.
     last = query_starts[num_rows[0]]
     ends = jnp.where(jnp.arange(len(lengths)) < num_rows[0], query_starts[1:], jnp.iinfo(jnp.int32).max)
-    row = jnp.minimum(
-        jnp.searchsorted(ends, token, side="right", method="compare_all").astype(jnp.int32), len(lengths) - 1
-    )
+    row = jnp.searchsorted(ends, token, side="right", method="compare_all").astype(jnp.int32)
+    row = jnp.minimum(row, len(lengths) - 1)
     position = lengths[row] - query_starts[row + 1] + token
     return row, jnp.where(token < last, position, -1)

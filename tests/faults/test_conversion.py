@@ -66,8 +66,11 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(slow, tmp_path, 
 def test_an_interrupted_conversion_says_so_and_leaves_nothing(slow, tmp_path, forks, form):
     run = lambda **how: forks.run("convert", slow, tmp_path / "out", "--to", form, first=SMALL_PIECES, **how)
     whole = run()
-    shutil.rmtree(tmp_path / "out")
-    done = run(delay=whole.seconds / 2, number=signal.SIGINT)
+    for part in (2, 4, 8):  # the second time it may be done sooner
+        shutil.rmtree(tmp_path / "out")
+        done = run(delay=whole.seconds / part, number=signal.SIGINT)
+        if done.code:
+            break
     assert done.code == 130 and done.lines[-1] == "convert: interrupted", done
     assert names(tmp_path) == ["model"]
 

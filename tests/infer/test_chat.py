@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 import time
@@ -259,22 +260,29 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_then_leaves(long_run):
         os.close(theirs)
         screen = ""
 
-        def wait_for(text):
+        def wait_for(text, *, pressing=b""):
+            """What is shown before `text`; a key pressed while nothing waits for one can be lost, so it is again."""
             nonlocal screen
             deadline = time.monotonic() + 120
             while text not in screen:
                 assert time.monotonic() < deadline, screen
-                screen += os.read(ours, 1000).decode()
+                if select.select([ours], [], [], 2)[0]:
+                    screen += os.read(ours, 1000).decode()
+                else:
+                    os.write(ours, pressing)
             before, _, screen = screen.partition(text)
             return before
 
-        wait_for("chat format qwen2; /help lists the commands")
-        wait_for("> ")
-        os.write(ours, b"low\n")
-        wait_for("...")
-        os.write(ours, b"\x03")
-        assert "error" not in wait_for("> ")
-        os.write(ours, b"\x03")
-        wait_for("infer: interrupted")
-        assert child.wait(60) == 130
+        try:
+            wait_for("chat format qwen2; /help lists the commands")
+            wait_for("> ")
+            os.write(ours, b"low\n")
+            wait_for("...")
+            os.write(ours, b"\x03")
+            assert "error" not in wait_for("> ")
+            os.write(ours, b"\x03")
+            wait_for("infer: interrupted", pressing=b"\x03")
+            assert child.wait(60) == 130
+        finally:
+            child.kill()
     os.close(ours)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -16,7 +19,7 @@ from qwen_jax.errors import INTERRUPTED, SAVED_PLEASE_RESTART, ConfigError, File
 from qwen_jax.weights.checkpoint import Checkpoints
 from tests.train.conftest import record
 from train import run as run_module
-from train.config import Mesh
+from train.config import Mesh, Profile
 from train.record import METRICS
 
 pytestmark = pytest.mark.usefixtures("enough_devices")
@@ -159,3 +162,38 @@ def test_unwritable_run_directory_is_found_before_anything_else(config, change, 
 def test_vocabulary_smaller_than_the_tokenizer_is_refused(config, change):
     with pytest.raises(ConfigError, match=r"264 tokens and model\.vocab_size is 260"):
         run(change(config, "model.vocab_size", 260))
+
+
+def test_a_few_steps_are_traced(config):
+    run(dataclasses.replace(config, profile=Profile(steps=2, skip=1)))
+    assert list(Path(config.run_dir).glob("profile/**/*.xplane.pb"))
+
+
+def test_attention_that_cannot_be_is_refused_before_data_is_prepared(config):
+    with pytest.raises(ConfigError, match="attention='cudnn' cannot be used, since this mesh is of cpu"):
+        run(dataclasses.replace(config, attention="cudnn"))
+    assert not (Path(config.run_dir) / "tokenizer.json").exists()
+
+
+HOSTS = """
+import os
+import jax
+from train.run import join_hosts
+
+calls = []
+def initialize(*args):
+    calls.append(args)
+    raise ValueError("coordinator_address should be defined.")
+
+jax.distributed.initialize = initialize
+for platforms in ("cpu", "tpu,cpu"):
+    jax.config.update("jax_platforms", platforms)
+    join_hosts()
+print(calls)
+"""
+
+
+def test_hosts_are_looked_for_where_there_are_tpus_and_nowhere_else():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    done = subprocess.run([sys.executable, "-c", HOSTS], env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("[()]\n", 0), done.stderr

@@ -1,0 +1,92 @@
+"""Real compilations by libtpu, each in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+
+from qwen_jax import bindings
+from qwen_jax.errors import ConfigError, FileError
+from train.config import Mesh
+from train.plan import __main__ as command
+from train.plan import compiled as compiled_module
+from train.plan import page
+from train.plan.chips import CHIPS
+from train.plan.compiled import compile_step
+from train.plan.topology import parse
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+@pytest.fixture
+def small(config, change):
+    """One layer over four devices."""
+    return change(change(config, "model.num_layers", 1), "mesh", Mesh(fsdp=4))
+
+
+@needs_libtpu
+def test_a_step_compiled_for_four_chips(small, tmp_path, capsys):
+    (tmp_path / "mine.gin").write_text(bindings.render(small))
+    arguments = [str(tmp_path / "mine.gin"), "--topology", "v5e:2x2", "--json", "--hlo", str(tmp_path / "hlo")]
+    assert command.main(arguments) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] and plan["chips"] == 4 and plan["label"].startswith("compiled, not run")
+    # Parameters in float32 split four ways, and two moments of each.
+    parameters = 4 * small.model_config.num_parameters / 4
+    assert plan["memory"]["parameters"] >= parameters
+    assert plan["memory"]["optimizer"] == pytest.approx(2 * plan["memory"]["parameters"], abs=64)
+    assert plan["memory"]["peak"] < plan["memory"]["limit"]
+    assert plan["estimate"]["compute"] > 0 and "all-gather" in {each["kind"] for each in plan["collectives"]}
+    assert (tmp_path / "hlo").read_text().startswith("HloModule jit_train_step")
+
+
+@needs_libtpu
+def test_what_the_compiler_refuses_is_one_line(small):
+    # Not a topology: the compiler is asked for more chips than the program's process can have.
+    wrong = dataclasses.replace(parse("v5e:2x2"), shape=(3, 5))
+    with pytest.raises(ConfigError, match=r"^v5e:3x5 cannot run this: [^\n]+$"):
+        compile_step(dataclasses.replace(small, mesh=Mesh()), wrong)
+
+
+def test_without_the_compiler(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "mine.gin").write_text(bindings.render(small))
+    with pytest.raises(FileError, match="libtpu, the TPU compiler, is not installed: pip install"):
+        command.main([str(tmp_path / "mine.gin"), "--topology", "v5e:2x2"])
+
+
+def test_last_words():
+    log = "WARNING: something\nF0000 check.cc:12] Check failed: bounds <= 16\n*** stack\n#1 frame"
+    assert compiled_module._last_words(log) == "F0000 check.cc:12] Check failed: bounds <= 16"
+    assert compiled_module._last_words("plan: error: model.width=3 must be") == "model.width=3 must be"
+    assert compiled_module._last_words("") == "no output"
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_chip(small, chip):
+    shape = next(shape for shape in CHIPS[chip].shapes if len(shape) == 2 or shape == (2, 2, 1))
+    topology = dataclasses.replace(parse(f"{chip}:{'x'.join(map(str, shape))}"))
+    found = compile_step(dataclasses.replace(small, mesh=Mesh(fsdp=topology.num_devices)), topology)
+    assert found.program and len(found.places) == topology.num_devices
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_compiler_says_how_much_too_much(planned, change):
+    too_much = change(change(planned, "remat", "none"), "mesh", Mesh(fsdp=64, data=4))
+    found = compile_step(change(too_much, "batch_size", 1024), parse("v5e:16x16"))
+    assert found.program is None and found.peak > parse("v5e:16x16").hbm
+    assert "DOES NOT FIT" in page.render(too_much, parse("v5e:16x16"), found)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_model_of_seven_billion_on_a_pod(planned):
+    found = compile_step(planned, parse("v5e:16x16"))
+    assert found.program and found.peak < 8 * 2**30
+    assert found.parameters == pytest.approx(4 * planned.model_config.num_parameters / 256, rel=0.05)

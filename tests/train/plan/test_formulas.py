@@ -1,0 +1,49 @@
+"""Formulas against published tables and against each other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from qwen_jax import zoo
+from train.plan import formulas
+
+
+@pytest.mark.parametrize(
+    "name, at_4k, at_32k",
+    [("0.5B", 3.5, 7.2), ("1.5B", 10.3, 17.7), ("7B", 44.9, 62.2), ("14B", 89.3, 132), ("72B", 444, 556)],
+)
+def test_training_flops_per_token(name, at_4k, at_32k):
+    model = zoo.published(f"Qwen2.5-{name}")
+    for length, giga in ((4096, at_4k), (32768, at_32k)):
+        assert formulas.train_flops(model, length) / 1e9 == pytest.approx(giga, rel=0.01)
+
+
+@pytest.mark.parametrize("name, size", [("0.5B", 12288), ("7B", 57344), ("72B", 327680)])
+def test_cache_per_token(name, size):
+    assert formulas.kv_bytes(zoo.published(f"Qwen2.5-{name}")) == size
+
+
+def test_a_window_takes_work_away():
+    model = zoo.published("Qwen2.5-0.5B")
+    windows = lambda size: dataclasses.replace(model, windows=(size,) * model.num_layers)
+    full = formulas.attention_flops(model, 4096)
+    assert formulas.attention_flops(windows(4096), 4096) == full == formulas.attention_flops(windows(8192), 4096)
+    # Tokens past the first 1024 see 1024 keys, those before them half of that.
+    mean = (1024 * 512 + 3072 * 1024) / 4096
+    assert formulas.attention_flops(windows(1024), 4096) == pytest.approx(full * mean / 2048)
+
+
+def test_recomputation_costs_work_and_saves_memory(planned, change):
+    none, dots, full = (change(planned, "remat", remat) for remat in ("none", "dots", "full"))
+    matmul = [formulas.executed_matmul_flops(each) for each in (none, dots, full)]
+    attention = formulas.attention_flops(none.model_config, 4096)
+    assert matmul[0] + 3 * attention == formulas.train_flops(none.model_config, 4096)
+    assert matmul[0] == matmul[1] < matmul[2] < 4 / 3 * matmul[0]  # the output head is not computed again
+    assert formulas.train_bytes(none) > formulas.train_bytes(dots) > formulas.train_bytes(full)
+
+
+def test_state_is_four_numbers_per_parameter(planned):
+    whole = 16 * planned.model_config.num_parameters
+    assert formulas.state_bytes(planned) == whole / 256

@@ -1,0 +1,104 @@
+"""Every run of configs/tpu resolves, has its row in docs/tpu-configs.md, compiles and fits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+
+from qwen_jax import bindings
+from train.plan import compiled
+
+ROOT = Path(__file__).parents[2]
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+spec = importlib.util.spec_from_file_location("tpu_configs", ROOT / "benchmarks" / "tpu_configs.py")
+tpu_configs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tpu_configs)
+RUNS = tpu_configs.runs()
+every_run = pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+
+# The compiler's warnings, which it keeps to its own log files unless told otherwise.
+TELLING = {"TPU_STDERR_LOG_LEVEL": "0", "TF_CPP_MIN_LOG_LEVEL": "0"}
+WARNING = "Involuntary full rematerialization"
+
+RESHARDS = """
+import jax, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+mesh = Mesh(np.array(devices).reshape(4, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+at = lambda *axes: NamedSharding(mesh, P(*axes))
+turn = lambda x: jax.lax.with_sharding_constraint(x + 1, at(None, None, ("y", "x")))
+jax.jit(turn, in_shardings=at("x", "y", None)).lower(jax.ShapeDtypeStruct((64, 64, 64), np.float32)).compile()
+"""
+
+
+def test_every_size_on_every_chip():
+    there = {path.stem for path in RUNS}
+    for size in ("0.5b", "7b", "72b"):
+        for chip in ("v5e", "v5p", "v6e"):
+            assert any(name.startswith(f"qwen2.5-{size}-{chip}-") for name in there), (size, chip)
+    assert {"qwen2.5-7b-32k-v5e-256", "qwen2.5-72b-32k-v5p-256"} <= there
+
+
+def test_every_other_file_is_included():
+    files = {path.name: path.read_text() for path in tpu_configs.CONFIGS.glob("*.gin")}
+    others = files.keys() - {path.name for path in RUNS}
+    assert others == {name for name in files if any(f'include "{name}"' in text for text in files.values())}
+
+
+@every_run
+def test_a_run_is_what_its_file_is_called(path):
+    config, topology = tpu_configs.load(path)
+    assert math.prod(astuple(config.mesh)) == topology.num_devices
+    length = {4096: "", 32768: "-32k"}[config.data.sequence_length]
+    chips = f"{topology.chip.name}-{topology.num_chips * topology.chip.cores}"
+    assert path.stem == f"{config.model.name.lower()}{length}-{chips}"
+    assert config.run_dir == f"runs/{path.stem}"
+
+
+@every_run
+def test_the_table_has_a_row_with_these_settings(path):
+    cells = tpu_configs.rows(tpu_configs.PAGE.read_text())[path.name]
+    assert len(cells) == len(tpu_configs.HEAD)
+    assert cells[:5] == tpu_configs.settings(path), "python benchmarks/tpu_configs.py " + path.name
+
+
+def test_every_row_has_its_run():
+    text = tpu_configs.PAGE.read_text()
+    assert list(tpu_configs.rows(text)) == [path.name for path in RUNS]
+    assert "Compiled, not run: compiler estimates (jax" in text
+
+
+@needs_libtpu
+@pytest.mark.slow
+@every_run
+def test_it_compiles_fits_and_rebuilds_no_activation(path, tmp_path):
+    config, topology = tpu_configs.load(path)
+    request, result = tmp_path / "config.gin", tmp_path / "result.json"
+    request.write_text(bindings.render(config))
+    done = compile_here("-m", "train.plan.aot", request, topology.label, topology.slices, result, "")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(result.read_text())
+    assert found["program"] is not None and found["peak"] <= topology.hbm
+    assert WARNING not in done.stderr
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_compiler_does_warn():
+    assert WARNING in compile_here("-c", RESHARDS).stderr
+
+
+def compile_here(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, arguments)]
+    env = os.environ | compiled._ENVIRONMENT | TELLING
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,100 @@
+"""Ways to lay out a run on a topology that train the same: meshes, what is recomputed, rows at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from qwen_jax.errors import ConfigError
+from train.config import Mesh, TrainConfig
+from train.plan import estimate, formulas
+from train.plan.chips import GIB
+from train.plan.topology import Topology
+
+
+def candidates(config: TrainConfig, topology: Topology) -> list[TrainConfig]:
+    """Every valid layout of a run, best first by formula, those that seem not to fit last."""
+
+    def key(candidate: TrainConfig) -> tuple[bool, float]:
+        return formulas.train_bytes(candidate) > topology.hbm, estimate.by_formula(candidate, topology).step
+
+    return sorted(_valid(config, topology), key=key)
+
+
+def with_devices(config: TrainConfig, topology: Topology) -> TrainConfig:
+    """The config with a mesh of the topology's devices: its own, or its own on every slice.
+
+    Raises ConfigError, with meshes that would do.
+    """
+    mesh, slices, devices = config.mesh, topology.slices, topology.num_devices
+    own = math.prod(dataclasses.astuple(mesh))
+    if own * slices == devices and slices > 1:
+        on_all = dataclasses.replace(mesh, data=mesh.data * slices)
+        try:
+            return dataclasses.replace(config, mesh=on_all)
+        except ConfigError as error:
+            raise ConfigError(f"the mesh is that of one slice, and with mesh.data={on_all.data} {error}") from error
+    if own != devices:
+        raise ConfigError(f"the mesh has {own} devices and {topology} has {devices}; {_proposals(config, topology)}")
+    if mesh.data % slices:
+        proposals = _proposals(config, topology)
+        raise ConfigError(f"mesh.data={mesh.data} must be a multiple of the {slices} slices; {proposals}")
+    return config
+
+
+def check_state(config: TrainConfig, topology: Topology) -> None:
+    """Raises ConfigError if the state of the model cannot fit, however it is split."""
+    state = formulas.STATE * config.model_config.num_parameters
+    hbm = topology.hbm * topology.num_devices / topology.slices  # slices repeat the state
+    if state > hbm:
+        least = topology.larger(state / topology.hbm)
+        raise ConfigError(
+            f"parameters, moments and gradients are {state / GIB:,.0f} GiB and a {topology.label} holds "
+            f"{hbm / GIB:,.0f} GiB; it takes {math.ceil(state / topology.chip.hbm)} chips, "
+            + (f"so at least {least.label}" if least else f"and no slice of {topology.chip.name} has as many")
+        )
+
+
+def settings(candidate: TrainConfig, config: TrainConfig) -> str:
+    """What `--set` takes to make one layout of another."""
+    mesh, before = dataclasses.asdict(candidate.mesh), dataclasses.asdict(config.mesh)
+    changes = [f"mesh.{axis}={size}" for axis, size in mesh.items() if size != before[axis]]
+    if candidate.remat != config.remat:
+        changes.append(f"remat='\"{candidate.remat}\"'")
+    if candidate.accumulation != config.accumulation:
+        changes.append(f"accumulation={candidate.accumulation}")
+    return " ".join(changes)
+
+
+def _proposals(config: TrainConfig, topology: Topology) -> str:
+    found = list(dict.fromkeys(settings(candidate, config) for candidate in candidates(config, topology)))
+    if not found:
+        return (
+            f"no mesh of {topology.num_devices} splits a batch_size of {config.batch_size}; choose another batch_size"
+        )
+    return f"--set {' or '.join(found[:2])} would do; --search finds the best"
+
+
+def _valid(config: TrainConfig, topology: Topology) -> Iterator[TrainConfig]:
+    for mesh in _meshes(topology):
+        rows = config.batch_size // mesh.row_shards
+        for remat in ("none", "dots", "full"):
+            for accumulation in _divisors(rows):
+                try:
+                    yield dataclasses.replace(config, mesh=mesh, remat=remat, accumulation=accumulation)
+                except ConfigError:  # the config knows what splits evenly
+                    continue
+
+
+def _meshes(topology: Topology) -> Iterator[Mesh]:
+    each = topology.num_devices // topology.slices
+    for data in _divisors(each):
+        for fsdp in _divisors(each // data):
+            for context in _divisors(each // data // fsdp):
+                tensor = each // data // fsdp // context
+                yield Mesh(data=data * topology.slices, fsdp=fsdp, context=context, tensor=tensor)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
