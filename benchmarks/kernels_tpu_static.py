@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 
+from train.plan.compiled import ENVIRONMENT
+
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 GIGAHERTZ = {"v5e": 1.5, "v5p": 1.75, "v6e": 1.75}
 HEADS, DIM = 8, 128
@@ -175,14 +177,7 @@ def in_child(side: str, chip: str, mode: str, length: int) -> dict[str, float]:
         # The profiler follows every step of the grid: forward at one length is what it finishes in minutes.
         if mode == "forward" and length == 4096:
             options.append(f"--xla_jf_dump_static_llo_profile_to={folder}/profile")
-        env = os.environ | dict(
-            LIBTPU_INIT_ARGS=" ".join(options),
-            JAX_PLATFORMS="cpu",
-            TPU_SKIP_MDS_QUERY="1",
-            TPU_ACCELERATOR_TYPE="v5litepod-4",
-            TPU_WORKER_HOSTNAMES="localhost",
-            ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        )
+        env = os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": " ".join(options)}
         call = [sys.executable, __file__, "--measure", folder, side, chip, mode, str(length)]
         done = subprocess.run(call, env=env, capture_output=True, text=True)
     if done.returncode:

@@ -23,16 +23,11 @@ from train.config import AdamW, Checkpointing, Cosine, Evaluation, Mesh, TrainCo
 from train.data.config import Data, Text, TokenizerFile
 from train.plan import hlo
 from train.plan.chips import GIB
-from train.plan.compiled import compile_step
+from train.plan.compiled import ENVIRONMENT, compile_step
 from train.plan.topology import Topology, parse
 
 SLICES = {"v5e": "v5e-256", "v5p": "v5p-256", "v6e": "v6e-256"}  # MaxText and we have the same names for them
 MODEL, LENGTH = "Qwen2.5-7B", 4096
-# The answers that libtpu wants where there is no TPU.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"} | {
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter")
 INSTALL = "python3.12 -m venv maxtext && maxtext/bin/pip install 'maxtext[tpu]==0.2.5'"
 
@@ -83,10 +78,7 @@ class Figures:
         received = dict.fromkeys(KINDS, 0.0)
         for c in program.collectives:
             if c.kind in received:
-                # A result holds a device's own part; a sum that all get is a scatter and a gather.
-                size = len(c.group) or num_devices
-                parts = {"all-gather": 1 - 1 / size, "all-reduce": 2 - 2 / size, "reduce-scatter": size - 1}
-                received[c.kind] += c.executions * c.bytes * parts[c.kind]
+                received[c.kind] += c.executions * c.received(len(c.group) or num_devices)
         cycles = program.matmul_cycles + program.other_cycles
         return cls(peak=peak, cycles=cycles, received=received, kernels=dict(program.kernels))
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -96,7 +97,7 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
         stack.callback(record.close)
         files["model.json"] = config.model_config.to_json().encode()
         saver = Saver(checkpoints, record, files=files, meta=fingerprint(corpus), warn=report.warn)
-        profiler = stack.enter_context(Profiler(directory / "profile", config.profile, start=start))
+        profiler = stack.enter_context(Profiler(directory / "profile", config.profile, start=start, warn=report.warn))
         describe(config, mesh, start, report)
 
         # Loop: launch step n, then read what step n - 1 measured, so that the devices never wait for the host.
@@ -159,9 +160,10 @@ def join_hosts() -> None:
             ) from error
         jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], processes, process)
     elif (jax.config.jax_platforms or "").startswith("tpu"):  # which jax sets where there are TPUs
-        # Where nobody knows of other hosts, as in a notebook, there are none.
-        with contextlib.suppress(ValueError, OSError):
+        try:
             jax.distributed.initialize()
+        except (ValueError, OSError) as error:  # nobody knows of other hosts, as in a notebook
+            print(f"train: this host is the whole run, since jax finds no others: {error}", file=sys.stderr)
 
 
 def fingerprint(corpus: Corpus) -> dict[str, str | int]:

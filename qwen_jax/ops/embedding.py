@@ -16,8 +16,8 @@ def embed(tokens: Int[Array, "B T"], table: Float[Array, "V D"], *, dtype: jnp.d
     The table is split over vocabulary and width. Each device looks up the ids it holds and the rest arrive by a
     sum over `tensor`; a gather left to the partitioner makes it rebuild the whole activation on every device.
     """
-    table = jax.sharding.reshard(table.astype(dtype), sharding.weight("vd", table.shape))
     ids, spec = sharding.activation("bt", tokens.shape), sharding.weight("vd", table.shape)
+    table = jax.sharding.reshard(table.astype(dtype), spec)
 
     def look_up(tokens, rows):
         rows = sharding.all_gather(rows, axis=sharding.fsdp_dimension(spec))

@@ -11,14 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# As on a machine of its own, and beside other processes that compile.
-ENVIRONMENT = dict(
-    TPU_SKIP_MDS_QUERY="1",
-    JAX_PLATFORMS="cpu",
-    TPU_ACCELERATOR_TYPE="v5litepod-4",
-    TPU_WORKER_HOSTNAMES="localhost",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-)
+from train.plan.compiled import ENVIRONMENT
 
 # What every program starts with; `array` is one on the first device of the topology.
 PREAMBLE = """

@@ -169,6 +169,13 @@ def test_a_few_steps_are_traced(config):
     assert list(Path(config.run_dir).glob("profile/**/*.xplane.pb"))
 
 
+def test_a_run_too_short_to_be_traced_says_so(config, capsys):
+    run(dataclasses.replace(config, profile=Profile(steps=2, skip=99)))
+    assert "nothing was traced: the run ended before step 99; lower profile.skip" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_attention_that_cannot_be_is_refused_before_data_is_prepared(config):
     with pytest.raises(ConfigError, match="attention='cudnn' cannot be used, since this mesh is of cpu"):
         run(dataclasses.replace(config, attention="cudnn"))

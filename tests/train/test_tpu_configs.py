@@ -100,5 +100,5 @@ def test_the_compiler_does_warn():
 
 def compile_here(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, arguments)]
-    env = os.environ | compiled._ENVIRONMENT | TELLING
+    env = os.environ | compiled.ENVIRONMENT | TELLING
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)

@@ -20,7 +20,7 @@ from train.plan.hlo import Collective, Program
 from train.plan.topology import Topology
 
 # libtpu asks for a TPU's surroundings as it loads: these are answers, so that it neither waits nor complains.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -78,7 +78,7 @@ def compile_step(config: TrainConfig, topology: Topology, *, hlo: Path | None = 
         command = [sys.executable, "-m", "train.plan.aot", request, topology.label, topology.slices, result, hlo or ""]
         with open(log, "wb") as output:
             done = subprocess.run(
-                list(map(str, command)), env=os.environ | _ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT
+                list(map(str, command)), env=os.environ | ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT
             )
         if done.returncode == 0:
             return _read(json.loads(result.read_text()))

@@ -76,10 +76,7 @@ def duration(collective: Collective, compiled: Compiled, topology: Topology) -> 
     else:
         places = [compiled.places[i] for i in collective.group] or compiled.places
         size, rate = len(places), topology.rate(places)
-    # What a device receives: all of the result but its own part; a sum that all get is a scatter and a gather.
-    parts = {"all-reduce": 2 * (size - 1) / size, "reduce-scatter": size - 1, "collective-permute": 1}
-    received = collective.bytes * parts.get(collective.kind, (size - 1) / size)
-    return collective.executions * received / rate
+    return collective.executions * collective.received(size) / rate
 
 
 def by_formula(config: TrainConfig, topology: Topology) -> Estimate:
@@ -87,7 +84,7 @@ def by_formula(config: TrainConfig, topology: Topology) -> Estimate:
     model, mesh, rate = config.model_config, config.mesh, _rates(config, topology)
     weights = formulas.BF16 * formulas.matmul_parameters(model) / mesh.tensor
     tokens = config.tokens_per_step / (mesh.row_shards * mesh.context)
-    passes = 3 if config.remat == "full" else 2
+    passes = formulas.passes(config)
     # Gathered forward and backward, and the gradient scattered, in every micro-batch.
     fsdp = config.accumulation * 3 * weights * (mesh.fsdp - 1) / mesh.fsdp / rate["fsdp"]
     # A sum after attention and one after the MLP, in every pass.
@@ -109,7 +106,7 @@ def _estimate(
     model, mesh = config.model_config, config.mesh
     # The update reads and writes all of the state; every pass of a micro-batch reads the weights.
     state = 2 * formulas.state_bytes(config)
-    passes = 3 if config.remat == "full" else 2
+    passes = formulas.passes(config)
     weights = config.accumulation * passes * formulas.BF16 * formulas.matmul_parameters(model) / mesh.tensor
     return Estimate(
         compute=compute,

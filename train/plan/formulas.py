@@ -51,6 +51,11 @@ def executed_attention_flops(config: TrainConfig, *, forward: float) -> float:
     return (forward + _ATTENTION_BACKWARD) * attention_flops(config.model_config, config.data.sequence_length)
 
 
+def passes(config: TrainConfig) -> int:
+    """How often a step goes through the layers: forward, backward, and where whole layers are recomputed, once more."""
+    return 3 if config.remat == "full" else 2
+
+
 def state_bytes(config: TrainConfig) -> float:
     """Bytes per device of parameters, moments and gradients."""
     return STATE * config.model_config.num_parameters / (config.mesh.fsdp * config.mesh.tensor)

@@ -45,6 +45,12 @@ class Collective:
     where: str
     between_slices: bool = False
 
+    def received(self, size: int) -> float:
+        """Bytes that each of `size` devices receives, each time: all of the result but its own part, which is what a
+        scatter leaves; a sum that all get is a scatter and a gather."""
+        parts = {"all-reduce": 2 * (size - 1) / size, "reduce-scatter": size - 1, "collective-permute": 1}
+        return self.bytes * parts.get(self.kind, (size - 1) / size)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
