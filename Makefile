@@ -33,7 +33,7 @@ demo: $(VENV)/core
 	$(BIN)/python -m infer generate runs/quickstart --prompt 'def ' --prompt 'import ' --prompt 'class ' --max-new-tokens 160 --temperature 0.6 --seed 0
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .
@@ -41,7 +41,7 @@ check: $(VENV)/dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 parity: $(VENV)/parity
-	$(BIN)/python -m pytest -n 2 tests/parity
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/parity
 
 bench: $(VENV)/parity
 	$(BIN)/python benchmarks/train_cpu.py

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qwen_jax import bindings
+from tests.conftest import QUICK_COMPILE
 from tests.train.conftest import record
 from train.config import Mesh
 
@@ -24,7 +25,7 @@ def start(file: Path, *, hosts: int, devices: int, compiled: Path) -> list[subpr
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILE}",
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
     }
     if hosts > 1:
