@@ -162,10 +162,13 @@ def main() -> int:
     parser.add_argument("--chip", choices=SLICES, nargs="+", default=list(SLICES), help="default: all")
     options = parser.parse_args()
     found = find_maxtext(options.maxtext)
-    has = found["versions"]
+    has, mine = found["versions"], version("jax")
+    if mine != has["jax"]:
+        # What one libtpu compiled need not be readable by another jax than its own.
+        sys.exit(f"jax here is {mine} and MaxText's is {has['jax']}: run this with Python 3.12 and jax {has['jax']}")
     print("Estimates of the TPU compiler; nothing ran on a TPU.")
     print(f"{MODEL}, one row of {LENGTH} tokens per chip, whole layers recomputed; per chip and step.")
-    print(f"ours: jax {version('jax')}, libtpu {has['libtpu']}")
+    print(f"ours: jax {mine}, libtpu {has['libtpu']}")
     print(f"theirs: MaxText {has['maxtext']}, jax {has['jax']}, libtpu {has['libtpu']}", flush=True)
     reached = True
     for chip in options.chip:
