@@ -18,6 +18,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# Before anything imports these, which annotate shapes: arguments and results of every call are compared with them. An
+# int is a float, as for pyright.
+install_import_hook(
+    ["qwen_jax.ops", "qwen_jax.model", "qwen_jax.kernels", "qwen_jax.engine.decode"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 from qwen_jax import sharding
 from qwen_jax.config import ModelConfig, Rope

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from qwen_jax import sharding
 from qwen_jax.config import ModelConfig
@@ -130,7 +130,7 @@ def _seen(prompts: Sequence[Sequence[int]], vocab_size: int) -> Bool[Array, "B V
 
 
 @jax.jit
-def row_keys(key: Key[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
+def row_keys(key: Key[Array, ""], rows: UInt[Array, " B"]) -> Key[Array, " B"]:
     """A key for each number in `rows`."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
 

@@ -104,7 +104,7 @@ def paged_attention(
     scales: Float[Array, "P K 2 S"] | None = None,
     generation: Generation,
     blocks: Blocks = Blocks(),
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "T N H"]:
     """Causal attention of each new token to its row, itself included; zeros for tokens of no row.
 

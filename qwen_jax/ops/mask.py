@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import jax
 from jaxtyping import Array, Bool, Int
@@ -11,6 +12,7 @@ from jaxtyping import Array, Bool, Int
 HIDDEN = -1e30
 
 
+@typing.no_type_check  # at run time: a mask of partition specs says how one of arrays is split
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask:

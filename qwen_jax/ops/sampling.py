@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable, Sequence
 
 import jax
@@ -50,6 +51,7 @@ class Sampling:
             raise ConfigError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 is no penalty")
 
 
+@typing.no_type_check  # at run time: where a program is only lowered, JAX makes stages of descriptions of arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stages:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jaxtyping
 import pytest
 
 from train.plan.compiled import ENVIRONMENT
@@ -27,6 +28,12 @@ whole = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
 def array(dtype, *shape):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 """
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Nothing compares arguments with annotations, as where the library is used: its own checks speak."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

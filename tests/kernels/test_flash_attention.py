@@ -257,6 +257,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("message", REFUSED)
 def test_bad_arguments_are_refused(message):
     qkv, options = REFUSED[message]

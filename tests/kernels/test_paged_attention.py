@@ -271,6 +271,7 @@ def test_a_table_that_scalar_memory_does_not_hold_is_refused():
         fast(q, pages, lengths, jnp.zeros((len(table), 2**15), jnp.int32), *rest)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_an_unknown_generation_is_refused():
     batch = Batch(past=(5,), new=(1,))
     with pytest.raises(ValueError, match="v1"):
