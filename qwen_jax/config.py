@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any, Literal
 
 from qwen_jax.errors import ConfigError, ModelError
@@ -16,14 +17,121 @@ DType = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Linear interpolation: every rotation is `factor` times slower."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicNTK:
+    """transformers' "dynamic": past `original_positions` the base grows with the length of the sequence, to
+    `theta * (factor * length / original_positions - factor + 1) ** (head_dim / (head_dim - 2))`.
+    """
+
+    factor: float
+    original_positions: int
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+        _check_original_positions(self.original_positions)
+
+    @property
+    def reach(self) -> int:
+        """Positions that a model trained for `original_positions` serves with it."""
+        return int(self.factor * self.original_positions)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwenNTK:
+    """Qwen1's dynamic NTK: past `original_positions` the base is `theta * alpha ** (head_dim / (head_dim - 2))` with
+    alpha = 3 for a prompt of up to twice as many tokens, 7 up to four times, 15 up to eight times, and so on.
+
+    A sequence keeps the alpha of its prompt, however long it grows.
+    """
+
+    original_positions: int
+
+    def __post_init__(self) -> None:
+        _check_original_positions(self.original_positions)
+
+    @property
+    def reach(self) -> int:
+        """Positions that a model trained for `original_positions` serves with it: eight times as many, up to 32768.
+
+        The report measures each model to there: those trained for 2048 up to 16384, those for 8192 up to 32768, which
+        is also where the published code's table for log-n attention ends.
+        """
+        return max(self.original_positions, min(8 * self.original_positions, 32768))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """YaRN (Peng et al., 2023), at any length: pairs that turn less than `beta_slow` times in `original_positions` are
+    `factor` times slower, those that turn more than `beta_fast` times stay, and between the two is a ramp.
+
+    `attention_factor` multiplies queries and keys alike, so its square the scores; the paper has 0.1 ln(factor) + 1.
+    """
+
+    factor: float
+    original_positions: int
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+        _check_original_positions(self.original_positions)
+        if not 0 < self.beta_slow < self.beta_fast < math.inf:
+            raise ConfigError(
+                f"beta_slow={self.beta_slow} must be above 0 and below beta_fast={self.beta_fast} (the paper has 1, 32)"
+            )
+        if not 0 < self.attention_factor < math.inf:
+            raise ConfigError(f"attention_factor={self.attention_factor} must be above 0 (1.0 leaves scores alone)")
+
+    @property
+    def reach(self) -> int:
+        """Positions that a model trained for `original_positions` serves with it."""
+        return int(self.factor * self.original_positions)
+
+
+def _check_factor(factor: float) -> None:
+    if not 1 <= factor < math.inf:
+        raise ConfigError(f"factor={factor} must be at least 1: how many times longer sequences become")
+
+
+def _check_original_positions(positions: int) -> None:
+    if positions < 1:
+        raise ConfigError(f"original_positions={positions} must be at least 1: the length before it was extended")
+
+
+Scaling = Linear | DynamicNTK | QwenNTK | Yarn
+
+
+_KINDS = {kind.__name__: kind for kind in (Linear, DynamicNTK, QwenNTK, Yarn)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """How positions become rotations: plain rotary embedding with base frequency `theta`."""
+    """How positions become rotations: rotary embedding with base frequency `theta`.
+
+    `scaling` extends it past the lengths that a model was trained for; None for plain rotary embedding.
+    """
 
     theta: float
+    scaling: Scaling | None = None
 
     def __post_init__(self) -> None:
         if not self.theta > 1:
             raise ConfigError(f"theta={self.theta} must be above 1 (Qwen2.5 has 1000000.0)")
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the rotation at a position depends on how long its sequence is."""
+        return isinstance(self.scaling, DynamicNTK | QwenNTK)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,12 +161,14 @@ class ModelConfig:
       num_kv_heads: key/value heads; each serves num_heads / num_kv_heads query heads.
       head_dim: size of one head; need not be width / num_heads (Qwen3).
       mlp_width: inner size of the gated MLP (HF intermediate_size; half of Qwen1's field of that name).
-      max_position: positions the model was trained for.
+      max_position: positions the model serves.
       norm_eps: epsilon of every RMSNorm.
       qkv_bias: whether the query, key and value projections have a bias (Qwen1 to Qwen2.5).
       qk_norm: whether queries and keys are normalised per head before rotation (Qwen3).
       tie_embeddings: whether the output head is the embedding table; without effect where there is a score.
       rope: how positions become rotations.
+      logn: the training length n of Qwen1's log-n attention, with which the query at position p is multiplied by
+        log(p + 1) / log(n) where p + 1 > n; 0 for none.
       windows: per layer, how many of the latest keys a query sees; 0 for all; empty for all in each layer.
       score: the head that stands in place of the output head in a reward or classification model; None in others.
       param_dtype: type the parameters are kept in.
@@ -78,6 +188,7 @@ class ModelConfig:
     qk_norm: bool
     tie_embeddings: bool
     rope: Rope
+    logn: int = 0
     windows: tuple[int, ...] = ()
     score: Score | None = None
     param_dtype: DType = "float32"
@@ -93,6 +204,10 @@ class ModelConfig:
             raise ConfigError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
+        if self.rope.by_length and self.head_dim == 2:
+            raise ConfigError("head_dim=2 has one pair, and NTK scaling slows every pair but the first; take 4 or more")
+        if self.logn < 0 or self.logn == 1:
+            raise ConfigError(f"logn={self.logn} must be the training length, at least 2, or 0 for plain attention")
         if not 0 < self.norm_eps < 1:
             raise ConfigError(
                 f"norm_eps={self.norm_eps} must be between 0 and 1 (published models have 1e-06 or 1e-05)"
@@ -119,17 +234,28 @@ class ModelConfig:
 
     def to_json(self) -> str:
         """The config as JSON that `from_json` reads back to an equal one."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        values = dataclasses.asdict(self)
+        if self.rope.scaling:
+            values["rope"]["scaling"]["kind"] = type(self.rope.scaling).__name__
+        return json.dumps(values, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
         """The config that `to_json` wrote. A missing or unknown field is a ModelError."""
         try:
             values: dict[str, Any] = json.loads(text)
-            parts: dict[str, Any] = {"rope": Rope(**values["rope"]), "windows": tuple(values["windows"])}
+            parts: dict[str, Any] = {"rope": _rope(**values["rope"]), "windows": tuple(values["windows"])}
             # Absent from configs written before there were scores.
             if values.get("score") is not None:
                 parts["score"] = Score(**values["score"])
             return cls(**(values | parts))
         except (ValueError, TypeError, KeyError) as error:
             raise ModelError(f"not a model config of this library: {error}") from error
+
+
+def _rope(*, scaling: dict[str, Any] | None = None, **values: Any) -> Rope:
+    """From the JSON, in which a scaling has its kind as a field, and which had none once."""
+    if scaling is None:
+        return Rope(**values)
+    kind = _KINDS[scaling["kind"]]
+    return Rope(scaling=kind(**{name: value for name, value in scaling.items() if name != "kind"}), **values)

@@ -6,9 +6,10 @@ value that no file confirms says so. Where a checkpoint is at hand, its own conf
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 
-from qwen_jax.config import ModelConfig, Rope
+from qwen_jax.config import ModelConfig, QwenNTK, Rope
 from qwen_jax.errors import ConfigError
 
 # fmt: off
@@ -45,7 +46,8 @@ _QWEN3 = {
     "32B":  ( 5120,    64,    64,  8,      128, 25600, 151936, False),
 }
 
-# Past max_position Qwen1 uses dynamic NTK and log-n attention, Qwen2 and later YaRN: not in these configs.
+# Of Qwen1 the max_position before dynamic NTK. YaRN, with which Qwen2.5 and Qwen3 are extended to 131072, is in none of
+# the files: who wants it writes it there.
 _RELEASES = (
     # published name              shapes  sizes                            theta  max_position  norm_eps
     ("Qwen-{}",                   _QWEN1, "1.8B 7B",                            1e4,    8192,   1e-6),
@@ -121,6 +123,13 @@ def _config(shape: tuple, *, theta: float, max_position: int, norm_eps: float, q
     )
 
 
+def _extended(config: ModelConfig) -> ModelConfig:
+    """With dynamic NTK and log-n attention, as all of Qwen1 but the 72B was published."""
+    ntk = QwenNTK(original_positions=config.max_position)
+    rope = dataclasses.replace(config.rope, scaling=ntk)
+    return dataclasses.replace(config, max_position=ntk.reach, rope=rope, logn=ntk.original_positions)
+
+
 _ZOO = {
     name.format(size): _config(
         shapes[size], theta=theta, max_position=max_position, norm_eps=norm_eps, qk_norm=shapes is _QWEN3
@@ -128,3 +137,4 @@ _ZOO = {
     for name, shapes, sizes, theta, max_position, norm_eps in _RELEASES
     for size in sizes.split()
 }
+_ZOO |= {name: _extended(_ZOO[name]) for name in _ZOO if name.startswith("Qwen-") and "72B" not in name}

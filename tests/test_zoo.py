@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from qwen_jax import zoo
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import ModelConfig, QwenNTK
 from qwen_jax.errors import ConfigError
 
 # Worked out from the published shapes without this code; each rounds to the size on the model's card.
@@ -86,8 +86,8 @@ def test_variants_differ_from_their_base_only_in_what_training_changed():
 @pytest.mark.parametrize(
     ("name", "theta", "max_position", "norm_eps"),
     [
-        ("Qwen-7B", 1e4, 8192, 1e-6),
-        ("Qwen-14B", 1e4, 2048, 1e-6),
+        ("Qwen-7B", 1e4, 32768, 1e-6),
+        ("Qwen-14B", 1e4, 16384, 1e-6),
         ("Qwen-72B", 1e6, 8192, 1e-6),
         ("CodeQwen1.5-7B", 1e6, 65536, 1e-6),
         ("Qwen2-7B", 1e6, 131072, 1e-6),
@@ -113,6 +113,13 @@ def test_only_qwen3_normalises_queries_and_keys_and_only_it_has_no_bias():
     for name in zoo.names():
         config = zoo.published(name)
         assert config.qk_norm == (not config.qkv_bias) == name.startswith("Qwen3-")
+
+
+def test_all_of_qwen1_but_the_largest_has_dynamic_ntk_and_logn_attention():
+    for name in zoo.names():
+        config, trained = zoo.published(name), 2048 if "14B" in name else 8192
+        scaling = QwenNTK(original_positions=trained) if name.startswith("Qwen-") and "72B" not in name else None
+        assert (config.rope.scaling, config.logn) == (scaling, trained if scaling else 0), name
 
 
 @pytest.mark.parametrize(("wrong", "near"), [("Qwen2.5-7b", "Qwen2.5-7B"), ("qwen3-0.6b", "Qwen3-0.6B")])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen_jax import zoo
-from qwen_jax.config import DType, ModelConfig
+from qwen_jax.config import DType, DynamicNTK, ModelConfig, QwenNTK
 from qwen_jax.errors import ConfigError
 from train.data.config import Data
 
@@ -233,6 +233,13 @@ class TrainConfig:
         model, mesh, length = self.model_config, self.mesh, self.data.sequence_length
         if length > model.max_position:
             raise ConfigError(f"data.sequence_length={length} must not exceed model.max_position={model.max_position}")
+        scaling = model.rope.scaling
+        if isinstance(scaling, DynamicNTK | QwenNTK) and length > scaling.original_positions:
+            raise ConfigError(
+                f"data.sequence_length={length} must not exceed model.rope.scaling.original_positions="
+                f"{scaling.original_positions}: past it {type(scaling).__name__} goes by the longest document of a "
+                f"row, and packed documents would change each other; train within it, or with @Yarn or @Linear"
+            )
         if model.score:
             raise ConfigError(
                 "model.score makes a reward model, and objective LM trains a language model; leave it out"

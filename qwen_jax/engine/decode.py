@@ -162,7 +162,8 @@ def prefill(
     """
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1], dtype=jnp.int32), prompts.shape)
     positions = _split(positions, "bt")
-    hidden, cache = forward(config, params, prompts, positions, cache=make_cache(config, *prompts.shape))
+    cache = make_cache(config, *prompts.shape, lengths=lengths)
+    hidden, cache = forward(config, params, prompts, positions, cache=cache)
     # One position per prompt goes to the head: all of them would make [B, T, V] logits. Picked by a sum with one
     # term, which is exact, and has one meaning however the positions are split.
     last = jnp.where((positions == lengths[:, None] - 1)[..., None], hidden, 0).sum(axis=1, keepdims=True)

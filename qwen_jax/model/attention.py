@@ -33,6 +33,8 @@ class Attention(nn.Module):
             q = RMSNorm(c.norm_eps, dtype, name="q_norm")(q)
             k = RMSNorm(c.norm_eps, dtype, name="k_norm")(k)
         q, k, v = rotate(q, rotation), rotate(k, rotation).swapaxes(1, 2), v.swapaxes(1, 2)
+        if rotation.logn is not None:
+            q = q * rotation.logn
         if cache is not None:
             cache = write(cache, k, v, mask.query_positions)
             k, v = cache.k, cache.v

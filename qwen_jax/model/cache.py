@@ -29,9 +29,14 @@ class Cache:
 
     A slot past a row's last token may hold anything: a query sees no position later than its own, and each
     position is written before a query at or after it reads.
+
+    Attributes:
+      layers: the keys and values.
+      lengths: tokens of each row's prompt, where the rotations depend on them; None elsewhere.
     """
 
     layers: tuple[LayerCache, ...]
+    lengths: Int[Array, " B"] | None = None
 
     @property
     def length(self) -> int:
@@ -41,15 +46,23 @@ class Cache:
     def grow(self, length: int) -> Cache:
         """The same content with `length` slots per row."""
         more = length - self.length
-        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), self)
+        layers = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), self.layers)
+        return dataclasses.replace(self, layers=layers)
 
 
-def make_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-    """An empty cache for `batch` rows of up to `length` tokens, in the config's dtype."""
+def make_cache(config: ModelConfig, batch: int, length: int, *, lengths: Int[Array, " B"] | None = None) -> Cache:
+    """An empty cache for `batch` rows of up to `length` tokens, in the config's dtype.
+
+    `lengths` are the tokens of each row's prompt, without padding: wanted, and kept, where `config.rope` goes by them.
+    """
+    if not config.rope.by_length:
+        lengths = None
+    elif lengths is None:
+        raise ValueError("this model's rotations depend on the lengths of the prompts: give make_cache their `lengths`")
     shape = (batch, config.num_kv_heads, length, config.head_dim)
     split = sharding.activation("bksh", shape)
     layer = lambda: jnp.zeros(shape, config.dtype, out_sharding=split)
-    return Cache(tuple(LayerCache(layer(), layer()) for _ in range(config.num_layers)))
+    return Cache(tuple(LayerCache(layer(), layer()) for _ in range(config.num_layers)), lengths)
 
 
 def write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, cast, overload
 
@@ -56,7 +57,8 @@ class Qwen(nn.Module):
         c = self.config
         dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
         x = embed(tokens, Table((c.vocab_size, c.width), param_dtype, name="embed")(), dtype=dtype)
-        turn = rotation(c.rope, positions, head_dim=c.head_dim, dtype=dtype)
+        lengths = _lengths(positions, segments, cache) if c.rope.by_length else None
+        turn = rotation(c.rope, positions, lengths, head_dim=c.head_dim, logn=c.logn, dtype=dtype)
         mask = _mask(positions, segments, cache, balanced=self.balanced)
         block = Block
         if self.remat != "none":
@@ -79,7 +81,7 @@ class Qwen(nn.Module):
                 layer = None if cache is None else cache.layers[i]
                 x, layer = block(c, self.attention, name=f"layers_{i}")(x, window, layer, turn, mask)
                 filled.append(layer)
-            cache = None if cache is None else Cache(tuple(filled))
+            cache = None if cache is None else dataclasses.replace(cache, layers=tuple(filled))
         x = RMSNorm(c.norm_eps, param_dtype, name="final_norm")(x)
         if c.score:
             # Only makes the parameters: the compiler leaves out a result that nothing reads.
@@ -92,6 +94,14 @@ class Qwen(nn.Module):
 def _split(*arrays: Array | None) -> list[Array | None]:
     """[B, T] arrays split over the current mesh."""
     return [x if x is None else jax.sharding.reshard(x, sharding.activation("bt", x.shape)) for x in arrays]
+
+
+def _lengths(positions: Array, segments: Array | None, cache: Cache | None) -> Array | None:
+    """Tokens of each row [B]: of its prompt where there is a cache, else of its longest document."""
+    if cache is not None:
+        return cache.lengths
+    real = positions if segments is None else jnp.where(segments > 0, positions, -1)
+    return real.max(axis=1) + 1
 
 
 def _mask(positions: Array, segments: Array | None, cache: Cache | None, *, balanced: bool) -> Mask:

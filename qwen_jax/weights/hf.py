@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
-from qwen_jax.config import ModelConfig, Score
+from qwen_jax.config import ModelConfig, QwenNTK, Score
 from qwen_jax.errors import ModelError
 
 ModelType = Literal["qwen", "qwen2", "qwen3"]
@@ -124,6 +124,8 @@ _UNKNOWN_HINTS = {
 
 def model_type_of(config: ModelConfig) -> ModelType:
     """The newest architecture name that `config` fits."""
+    if config.logn or isinstance(config.rope.scaling, QwenNTK):
+        return "qwen"
     return "qwen3" if config.qk_norm else "qwen2"
 
 
@@ -135,9 +137,14 @@ def check_model_type(config: ModelConfig, model_type: ModelType) -> None:
     if model_type == "qwen":
         wanted |= {"num_kv_heads": config.num_heads, "width": config.num_heads * config.head_dim}
         wanted |= {"windows": (), "score": None}
+    else:
+        wanted |= {"logn": 0}
     for name, value in wanted.items():
         if getattr(config, name) != value:
             raise ModelError(f"model_type {model_type!r} has {name}={value}, and this model {getattr(config, name)}")
+    scaling = config.rope.scaling
+    if scaling is not None and isinstance(scaling, QwenNTK) != (model_type == "qwen"):
+        raise ModelError(f"model_type {model_type!r} has no rope scaling of the kind {type(scaling).__name__}")
 
 
 def table(config: ModelConfig, model_type: ModelType) -> tuple[Tensor, ...]:

@@ -6,20 +6,18 @@ Fields that only matter to training or to other programs are not looked at.
 
 from __future__ import annotations
 
-import dataclasses
+import operator
 import re
-import reprlib
 from collections.abc import Mapping
 from typing import Any, cast
 
-from qwen_jax.config import DType, ModelConfig, Rope, Score
+from qwen_jax.config import DType, ModelConfig, QwenNTK, Rope, Scaling, Score
 from qwen_jax.errors import ConfigError, ModelError
+from qwen_jax.weights.fields import MAX_POSITION, Fields
 from qwen_jax.weights.hf import ModelType, check_model_type
+from qwen_jax.weights.hf_rope import length_of, read_rope, scaling_fields, served
 
-# Far above every published model, and low enough that nothing built from a config is large before it is checked.
-_MAX_LAYERS = 1000
-_MAX_SIZE = 10**7
-_MAX_POSITION = 10**9
+_MAX_LAYERS = 1000  # far above every published model, as the limits of other sizes
 
 # Which fields of the file say what ours say. They go when ours change, and stay as they were written otherwise.
 _FIELDS = [
@@ -35,9 +33,13 @@ _FIELDS = [
             "num_hidden_layers n_layer use_sliding_window sliding_window max_window_layers layer_types",
         ),
         ("mlp_width", "intermediate_size ffn_hidden_size"),
-        ("max_position", "max_position_embeddings n_positions seq_length dual_chunk_attention_config"),
+        ("max_position rope.scaling", "max_position_embeddings n_positions seq_length dual_chunk_attention_config"),
         ("norm_eps", "rms_norm_eps layer_norm_epsilon"),
-        ("rope", "rope_theta rotary_emb_base rope_scaling rope_parameters"),
+        (
+            "rope logn",
+            "rope_theta rotary_emb_base rope_scaling rope_parameters original_max_position_embeddings "
+            "use_dynamic_ntk use_logn_attn",
+        ),
         ("tie_embeddings", "tie_word_embeddings"),
         ("score", "architectures auto_map num_labels id2label label2id"),
         ("param_dtype", "torch_dtype dtype params_dtype bf16 fp16 fp32"),
@@ -79,9 +81,10 @@ _KNOWN = _HARMLESS | _FIXED.keys() | {name for _, names in _FIELDS for name in n
 def from_hf(values: Mapping[str, Any], *, where: str) -> ModelConfig:
     """The model that a `config.json` describes.
 
-    Dual chunk attention (Qwen2.5-1M) equals plain attention up to a chunk, and Qwen1's dynamic NTK and log-n attention
-    are without effect up to `seq_length`: such models are read with that many positions. float16 becomes float32,
-    which holds its every value; so does a dtype that is not given.
+    Dual chunk attention (Qwen2.5-1M) equals plain attention up to a chunk: such models are read with that many
+    positions. A model with YaRN, dynamic scaling or Qwen1's dynamic NTK serves as many positions as that extends it to,
+    or `max_position_embeddings` where it is larger; one with linear scaling serves `max_position_embeddings`. float16
+    becomes float32, which holds its every value; so does a dtype that is not given.
 
     Args:
       values: the file's content.
@@ -89,7 +92,7 @@ def from_hf(values: Mapping[str, Any], *, where: str) -> ModelConfig:
 
     Raises ModelError for a field that is missing, not of its type or range, or cannot be honoured.
     """
-    fields = _Fields(values, where)
+    fields = Fields(values, where)
     model_type = _model_type(fields)
     for name, reason in _REFUSED.items():
         if values.get(name):
@@ -127,64 +130,13 @@ def to_hf(config: ModelConfig, model_type: ModelType, *, keep: Mapping[str, Any]
     if keep.get("model_type") != model_type:
         return fields | {name: keep[name] for name in _TOKEN_IDS if name in keep}
     old = from_hf(keep, where="the config.json to keep")
-    changed = lambda ours: any(getattr(old, name) != getattr(config, name) for name in ours)
+    changed = lambda ours: any(operator.attrgetter(name)(old) != operator.attrgetter(name)(config) for name in ours)
     stale = {name for ours, theirs in _FIELDS if changed(ours) for name in theirs}
     kept = {name: value for name, value in keep.items() if name not in stale or name in fields}
     return kept | {name: value for name, value in fields.items() if name in stale}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Fields:
-    """The fields of a file, each read with its type and range. A null is as good as absent."""
-
-    values: Mapping[str, Any]
-    where: str
-
-    def refusal(self, name: str, wanted: str) -> ModelError:
-        return ModelError(f"{self.where}: {name} is {reprlib.repr(self.values[name])}; {wanted}")
-
-    def has(self, name: str) -> bool:
-        return self.values.get(name) is not None
-
-    def name_of(self, *names: str) -> str:
-        """The name under which one field is there; under several, they must agree."""
-        found = [name for name in names if self.has(name)]
-        if not found:
-            raise ModelError(f"{self.where}: {' or '.join(names)} is missing")
-        for name in found[1:]:
-            if self.values[name] != self.values[found[0]]:
-                raise self.refusal(name, f"it must equal {found[0]}, {reprlib.repr(self.values[found[0]])}")
-        return found[0]
-
-    def integer(self, *names: str, low: int = 1, high: int = _MAX_SIZE) -> int:
-        name = self.name_of(*names)
-        value = self.values[name]
-        if type(value) is not int or not low <= value <= high:
-            raise self.refusal(name, f"a whole number from {low} to {high} is wanted")
-        return value
-
-    def number(self, *names: str) -> float:
-        name = self.name_of(*names)
-        value = self.values[name]
-        if type(value) not in (int, float) or not 0 < value < 1e15:
-            raise self.refusal(name, "a positive number is wanted")
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self.values[self.name_of(name)]
-        if type(value) is not bool:
-            raise self.refusal(name, "true or false is wanted")
-        return value
-
-    def mapping(self, name: str) -> _Fields:
-        """The fields of an object within this one."""
-        value = self.values[self.name_of(name)]
-        if not isinstance(value, dict):
-            raise self.refusal(name, "an object is wanted")
-        return _Fields(value, f"{self.where}: {name}")
-
-
-def _model_type(fields: _Fields) -> ModelType:
+def _model_type(fields: Fields) -> ModelType:
     value = fields.values[fields.name_of("model_type")]
     if value in ("qwen2_moe", "qwen3_moe"):
         raise fields.refusal("model_type", "mixtures of experts are not read")
@@ -193,12 +145,15 @@ def _model_type(fields: _Fields) -> ModelType:
     return cast(ModelType, value)
 
 
-def _qwen1(fields: _Fields) -> ModelConfig:
+def _qwen1(fields: Fields) -> ModelConfig:
     width = fields.integer("hidden_size", "n_embd")
     heads = fields.integer("num_attention_heads", "n_head")
     mlp = fields.name_of("intermediate_size", "ffn_hidden_size")
     if fields.integer(mlp) % 2:
         raise fields.refusal(mlp, "an even number is wanted, twice the width of the MLP")
+    # Qwen1's own code does nothing with max_position_embeddings.
+    length = fields.integer("seq_length", high=MAX_POSITION)
+    ntk = QwenNTK(original_positions=length) if fields.flag("use_dynamic_ntk") else None
     config = ModelConfig(
         vocab_size=fields.integer("vocab_size", "padded_vocab_size"),
         width=width,
@@ -207,13 +162,13 @@ def _qwen1(fields: _Fields) -> ModelConfig:
         num_kv_heads=heads,
         head_dim=fields.integer("kv_channels"),
         mlp_width=fields.integer(mlp) // 2,
-        # Qwen1's own code does nothing with max_position_embeddings.
-        max_position=fields.integer("seq_length", high=_MAX_POSITION),
+        max_position=served(length, ntk),
         norm_eps=fields.number("layer_norm_epsilon"),
         qkv_bias=True,
         qk_norm=False,
         tie_embeddings=fields.flag("tie_word_embeddings"),
-        rope=Rope(theta=fields.number("rotary_emb_base", "rope_theta")),
+        rope=Rope(theta=fields.number("rotary_emb_base", "rope_theta"), scaling=ntk),
+        logn=length if fields.flag("use_logn_attn") else 0,
         **_head_and_dtype(fields, "qwen"),
     )
     if width != heads * config.head_dim:
@@ -221,7 +176,7 @@ def _qwen1(fields: _Fields) -> ModelConfig:
     return config
 
 
-def _qwen2_or_3(fields: _Fields, model_type: ModelType) -> ModelConfig:
+def _qwen2_or_3(fields: Fields, model_type: ModelType) -> ModelConfig:
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if model_type == "qwen3" or fields.has("head_dim"):
         head_dim = fields.integer("head_dim")
@@ -230,6 +185,7 @@ def _qwen2_or_3(fields: _Fields, model_type: ModelType) -> ModelConfig:
     else:
         head_dim = width // heads
     num_layers = fields.integer("num_hidden_layers", high=_MAX_LAYERS)
+    rope = read_rope(fields)
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         width=width,
@@ -238,48 +194,30 @@ def _qwen2_or_3(fields: _Fields, model_type: ModelType) -> ModelConfig:
         num_kv_heads=fields.integer("num_key_value_heads"),
         head_dim=head_dim,
         mlp_width=fields.integer("intermediate_size"),
-        max_position=_max_position(fields),
+        max_position=_max_position(fields, rope.scaling),
         norm_eps=fields.number("rms_norm_eps"),
         qkv_bias=model_type == "qwen2",
         qk_norm=model_type == "qwen3",
         tie_embeddings=fields.flag("tie_word_embeddings"),
-        rope=Rope(theta=_theta(fields)),
+        rope=rope,
         windows=_windows(fields, num_layers),
         **_head_and_dtype(fields, model_type),
     )
 
 
-def _max_position(fields: _Fields) -> int:
-    length = fields.integer("max_position_embeddings", high=_MAX_POSITION)
+def _max_position(fields: Fields, scaling: Scaling | None) -> int:
+    length = served(fields.integer("max_position_embeddings", high=MAX_POSITION), scaling)
     if fields.has("dual_chunk_attention_config"):
+        if scaling is not None:
+            raise fields.refusal("dual_chunk_attention_config", "beside a rope_scaling its meaning is not known here")
         # Beyond a chunk keys get other positions, and beyond the original length scores another scale.
         chunks = fields.mapping("dual_chunk_attention_config")
         for name in ("chunk_size", "original_max_position_embeddings"):
-            length = min(length, chunks.integer(name, high=_MAX_POSITION))
+            length = min(length, chunks.integer(name, high=MAX_POSITION))
     return length
 
 
-def _theta(fields: _Fields) -> float:
-    """The base of a plain rotary embedding, at top level or where transformers 5 writes it."""
-    found = [fields] if fields.has("rope_theta") else []
-    for name in ("rope_scaling", "rope_parameters"):
-        if fields.has(name):
-            rope = fields.mapping(name)
-            for key, value in rope.values.items():
-                if key in ("type", "rope_type") and value != "default":
-                    raise rope.refusal(key, "only 'default' is read")
-                if key not in ("type", "rope_type", "rope_theta"):
-                    raise fields.refusal(name, f"a plain rotary embedding has no {reprlib.repr(key)}")
-            found += [rope] if rope.has("rope_theta") else []
-    if not found:
-        raise ModelError(f"{fields.where}: rope_theta is missing")
-    thetas = [rope.number("rope_theta") for rope in found]
-    if len(set(thetas)) > 1:
-        raise ModelError(f"{fields.where}: rope_theta is given as {thetas}; they must agree")
-    return thetas[0]
-
-
-def _windows(fields: _Fields, num_layers: int) -> tuple[int, ...]:
+def _windows(fields: Fields, num_layers: int) -> tuple[int, ...]:
     layer_types = fields.values.get("layer_types")
     kinds = ["full_attention", "sliding_attention"]
     if layer_types is not None and (
@@ -290,7 +228,7 @@ def _windows(fields: _Fields, num_layers: int) -> tuple[int, ...]:
         if layer_types and kinds[1] in layer_types:
             raise fields.refusal("layer_types", "use_sliding_window says that no layer slides")
         return ()
-    window = fields.integer("sliding_window", high=_MAX_POSITION)
+    window = fields.integer("sliding_window", high=MAX_POSITION)
     if layer_types is None or fields.has("max_window_layers"):
         # The name misleads: it is the layers above that number that have a window.
         first = fields.integer("max_window_layers", low=0)
@@ -302,7 +240,7 @@ def _windows(fields: _Fields, num_layers: int) -> tuple[int, ...]:
     return windows if any(windows) else ()
 
 
-def _head_and_dtype(fields: _Fields, model_type: ModelType) -> dict[str, Any]:
+def _head_and_dtype(fields: Fields, model_type: ModelType) -> dict[str, Any]:
     dtype = "float32"
     if fields.has("torch_dtype") or fields.has("dtype"):
         name = fields.name_of("torch_dtype", "dtype")
@@ -313,7 +251,7 @@ def _head_and_dtype(fields: _Fields, model_type: ModelType) -> dict[str, Any]:
     return {"score": _score(fields, model_type), "param_dtype": dtype, "dtype": dtype}
 
 
-def _score(fields: _Fields, model_type: ModelType) -> Score | None:
+def _score(fields: Fields, model_type: ModelType) -> Score | None:
     if not fields.has("architectures"):
         return None
     names, prefix, known = fields.values["architectures"], model_type.capitalize(), [_CAUSAL[model_type]]
@@ -327,7 +265,7 @@ def _score(fields: _Fields, model_type: ModelType) -> Score | None:
     return Score(labels=_HIDDEN_SCORES[kind], hidden=True) if kind in _HIDDEN_SCORES else None
 
 
-def _labels(fields: _Fields) -> int:
+def _labels(fields: Fields) -> int:
     counts = [fields.integer("num_labels")] if fields.has("num_labels") else []
     if fields.has("id2label"):
         counts.append(len(fields.mapping("id2label").values))
@@ -338,6 +276,9 @@ def _labels(fields: _Fields) -> int:
 
 
 def _qwen1_fields(config: ModelConfig) -> dict[str, Any]:
+    length = length_of(config)
+    if config.logn not in (0, length):
+        raise ModelError(f"config.json has one training length, and this model logn={config.logn} beside {length}")
     return {
         **_common_fields(config, "qwen"),
         "intermediate_size": 2 * config.mlp_width,
@@ -347,7 +288,9 @@ def _qwen1_fields(config: ModelConfig) -> dict[str, Any]:
         "rotary_emb_base": config.rope.theta,
         "rotary_pct": 1.0,
         "scale_attn_weights": True,
-        "seq_length": config.max_position,
+        "seq_length": length,
+        "use_dynamic_ntk": config.rope.scaling is not None,
+        "use_logn_attn": bool(config.logn),
     }
 
 
@@ -358,9 +301,11 @@ def _qwen2_or_3_fields(config: ModelConfig, model_type: ModelType) -> dict[str, 
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "intermediate_size": config.mlp_width,
+        "max_position_embeddings": length_of(config),
         "num_key_value_heads": config.num_kv_heads,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope.theta,
+        **scaling_fields(config.rope.scaling),
         **_window_fields(config.windows),
     }
 

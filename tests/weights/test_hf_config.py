@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_jax import zoo
-from qwen_jax.config import ModelConfig, Rope, Score
+from qwen_jax.config import DynamicNTK, Linear, ModelConfig, QwenNTK, Rope, Score, Yarn
 from qwen_jax.errors import ModelError
 from qwen_jax.weights import hf, hf_config
 from tests.conftest import tiny_config
@@ -84,7 +84,15 @@ FILES = {"qwen": QWEN1, "qwen old": QWEN1_OLD, "qwen2": QWEN2, "qwen3": QWEN3}
 
 BFLOAT16 = dict(param_dtype="bfloat16", dtype="bfloat16")
 MODELS = {
-    "qwen": tiny_config(num_kv_heads=4, head_dim=8, tie_embeddings=False, **BFLOAT16),
+    "qwen": tiny_config(
+        num_kv_heads=4,
+        head_dim=8,
+        tie_embeddings=False,
+        max_position=512,
+        logn=64,
+        rope=Rope(theta=12345.0, scaling=QwenNTK(original_positions=64)),
+        **BFLOAT16,
+    ),  # fmt: skip
     "qwen2": tiny_config(head_dim=8, **BFLOAT16),
     "qwen3": tiny_config(qkv_bias=False, qk_norm=True, **BFLOAT16),
 }
@@ -113,7 +121,11 @@ def test_every_published_model_makes_the_way_there_and_back(name):
 
 
 # What the collection of shapes says otherwise than the zoo: another program's limits, the first Qwen-7B, a guess.
-OTHERWISE = {"Qwen1.5-1.8B-Chat": "max_position", "Qwen-7B(-Chat, Aug 2023)": "max_position", "Qwen1.5-4B": "rope"}
+OTHERWISE = {
+    "Qwen1.5-1.8B-Chat": ["max_position"],
+    "Qwen-7B(-Chat, Aug 2023)": ["rope", "logn"],
+    "Qwen1.5-4B": ["rope"],
+}
 
 
 @needs_published
@@ -125,9 +137,9 @@ def test_published_shapes_are_those_of_the_zoo():
         if values["model_type"] == "qwen":
             values |= {"kv_channels": 128, "layer_norm_epsilon": 1e-6, "seq_length": values["max_position_embeddings"]}
         config, known = read(values), zoo.published(name.split("(")[0])
-        if name in OTHERWISE:
-            assert getattr(config, OTHERWISE[name]) != getattr(known, OTHERWISE[name])
-            config = dataclasses.replace(config, **{OTHERWISE[name]: getattr(known, OTHERWISE[name])})
+        for field in OTHERWISE.get(name, []):
+            assert getattr(config, field) != getattr(known, field)
+            config = dataclasses.replace(config, **{field: getattr(known, field)})
         assert config == known, name
         tensors = hf.table(config, values["model_type"])
         assert config.num_parameters == sum(math.prod(t.shape) for t in tensors) == values["params_total"]
@@ -139,7 +151,11 @@ def test_published_shapes_are_those_of_the_zoo():
     [
         ("Qwen-72B", "Qwen-72B", {}),
         # The original of August 2023; later ones have 8192.
-        ("Qwen-7B-Chat", "Qwen-7B-Chat", dict(max_position=2048)),
+        (
+            "Qwen-7B-Chat",
+            "Qwen-7B-Chat",
+            dict(max_position=16384, logn=2048, rope=Rope(theta=10000.0, scaling=QwenNTK(original_positions=2048))),
+        ),
         ("Qwen2-1.5B-Instruct-finetune", "Qwen2-1.5B-Instruct", BFLOAT16),
     ],
 )
@@ -169,6 +185,44 @@ def test_a_published_quantised_model_of_images_is_refused():
 def test_plain_rotary_embeddings_in_every_spelling(kind, rope, theta):
     values = without(FILES[kind], "rope_theta", "rope_scaling") | rope
     assert read(values).rope == Rope(theta=theta)
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 50}
+PAPER = Yarn(factor=4.0, original_positions=50, beta_fast=32.0, beta_slow=1.0, attention_factor=0.1 * math.log(4.0) + 1)
+SCALINGS = [
+    ({"type": "linear", "factor": 3}, Linear(factor=3.0), 64),
+    ({"rope_type": "dynamic", "factor": 2.5}, DynamicNTK(factor=2.5, original_positions=64), 160),
+    ({"type": "yarn"} | YARN, PAPER, 200),
+    ({"type": "yarn", "rope_type": "yarn", "truncate": True, "mscale": 0.7} | YARN, PAPER, 200),
+    ({"type": "yarn"} | YARN | {"factor": 1.25}, dataclasses.replace(
+        PAPER, factor=1.25, attention_factor=0.1 * math.log(1.25) + 1), 64),
+    (
+        {"type": "yarn", "beta_fast": 9, "beta_slow": 0.5, "attention_factor": 2.5, "mscale": 1, "mscale_all_dim": 1}
+        | YARN,
+        dataclasses.replace(PAPER, beta_fast=9.0, beta_slow=0.5, attention_factor=2.5),
+        200,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(("written", "scaling", "max_position"), SCALINGS)
+def test_rope_scalings_in_every_spelling(kind, written, scaling, max_position):
+    new = {"rope_parameters": written | {"rope_theta": 12345.0}, "rope_theta": None}
+    for values in (FILES[kind] | {"rope_scaling": written}, FILES[kind] | new):
+        config = read(values)
+        assert (config.rope, config.max_position) == (Rope(theta=12345.0, scaling=scaling), max_position)
+        assert hf_config.to_hf(config, kind, keep=values) == values
+        assert read(hf_config.to_hf(config, kind)) == config
+
+
+@pytest.mark.parametrize("ntk", [True, False])
+@pytest.mark.parametrize("logn", [True, False])
+def test_qwen1_is_extended_as_its_file_says(ntk, logn):
+    config = read(QWEN1 | {"use_dynamic_ntk": ntk, "use_logn_attn": logn})
+    assert config.rope.scaling == (QwenNTK(original_positions=64) if ntk else None)
+    assert (config.logn, config.max_position) == (64 if logn else 0, 512 if ntk else 64)
+    assert read(hf_config.to_hf(config, "qwen")) == config
 
 
 @pytest.mark.parametrize(
@@ -282,9 +336,34 @@ BAD = [
     ("qwen", {"rotary_pct": 0.25}, "rotary_pct is 0.25; only 1.0 is read"),
     ("qwen", {"scale_attn_weights": False}, "scale_attn_weights is False"),
     ("qwen2", {"use_mrope": True}, "use_mrope is True"),
-    ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling: type is 'yarn'; only 'default'"),
-    ("qwen2", {"rope_scaling": {"rope_type": "default", "factor": 4.0}},
-     "rope_scaling is .*; a plain rotary embedding has no 'factor'"),
+    *[("qwen", {name: None}, f"{name} is missing") for name in ("use_dynamic_ntk", "use_logn_attn")],
+    ("qwen", {"use_logn_attn": 1}, "use_logn_attn is 1; true or false"),
+    *[("qwen2", {"rope_scaling": scaling}, f"rope_scaling: {message}") for scaling, message in [
+        ({"type": "yarn", "factor": 4.0}, "original_max_position_embeddings is missing; write the length before YaRN"),
+        ({"type": "yarn"}, "factor is missing"),
+        ({"type": "linear"}, "factor is missing"),
+        ({"type": "dynamic", "factor": None}, "factor is missing"),
+        ({"type": "linear", "factor": "2"}, "factor is '2'; a positive number"),
+        ({"type": "dynamic", "factor": 1e9}, "factor is 1000000000.0; at most 1000000000 positions"),
+        ({"type": "dynamic", "factor": 2.0} | YARN, "it has a 'original_max_position_embeddings', which is not known"),
+        ({"rope_type": "default", "factor": 4.0}, "it has a 'factor', which is not known of the type 'default'"),
+        ({"type": "linear", "rope_type": "yarn"} | YARN, "type is 'linear'; it must equal rope_type, 'yarn'"),
+        ({"type": "llama3", "factor": 8.0}, "type is 'llama3'; one of default, linear, dynamic, yarn is wanted"),
+        ({"rope_type": ["yarn"]}, r"rope_type is \['yarn'\]"),
+        ({"type": "yarn", "truncate": False} | YARN, "truncate is False; only true"),
+        ({"type": "yarn", "truncate": None} | YARN, "truncate is None; only true"),
+        ({"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0} | YARN, "mscale is 1.0; write the attention_factor"),
+        ({"type": "yarn", "beta_fast": 0} | YARN, "beta_fast is 0; a positive number"),
+        ({"type": "yarn", "betafast": 9} | YARN, "it has a 'betafast', which is not known of the type 'yarn'"),
+    ]],
+    ("qwen2", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor=0.5 must be at least 1"),
+    ("qwen2", {"rope_scaling": {"type": "yarn", "beta_fast": 1} | YARN}, "beta_slow=1.0 must be above 0 and below"),
+    ("qwen2", {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "default"}},
+     "rope_parameters is .*; it must say the same as rope_scaling"),
+    ("qwen2", {"rope_scaling": {"type": "yarn"} | YARN, "original_max_position_embeddings": 64},
+     "original_max_position_embeddings is 64; it must equal that of YaRN, 50"),
+    ("qwen2", {"rope_scaling": {"type": "yarn"} | YARN, "dual_chunk_attention_config": {"chunk_size": 40}},
+     "dual_chunk_attention_config is .*; beside a rope_scaling"),
     ("qwen2", {"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; an object is wanted"),
     ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, r"given as \[12345.0, 1000000.0\]"),
     ("qwen2", {"rope_parameters": {"rope_theta": "x"}}, "rope_parameters: rope_theta is 'x'"),
@@ -331,12 +410,17 @@ JSON = st.recursive(
 
 
 MORE = {"dual_chunk_attention_config", "head_dim", "id2label", "layer_types", "num_labels", "rope_parameters"}
+ROPE = st.fixed_dictionaries(
+    {"rope_type": st.sampled_from(["default", "linear", "dynamic", "yarn"])},
+    optional={name: JSON | st.floats(0.5, 99) for name in ("rope_theta", "beta_fast", "attention_factor", "mscale")}
+    | {"factor": st.floats(0.5, 1e9), "original_max_position_embeddings": JSON | st.integers(1, 99)},
+)
 
 
 @given(st.sampled_from(sorted(FILES)), st.data())
 def test_any_value_of_any_field_is_read_or_refused(kind, data):
     name = data.draw(st.sampled_from(sorted(FILES[kind].keys() | QWEN2.keys() | MORE)))
-    values = FILES[kind] | {name: data.draw(JSON)}
+    values = FILES[kind] | {name: data.draw(JSON | ROPE if name.startswith("rope_") else JSON)}
     try:
         config = read(values)
     except ModelError as error:
@@ -351,14 +435,23 @@ CHANGES = [
     dict(num_heads=8, num_kv_heads=8, head_dim=4),
     dict(num_layers=5),
     dict(mlp_width=44),
-    dict(max_position=128),
     dict(norm_eps=1e-3),
-    dict(rope=Rope(theta=54321.5)),
+    dict(rope=Rope(theta=54321.5), max_position=64),
     dict(param_dtype="float32", dtype="float32"),
     dict(tie_embeddings=True),
     dict(tie_embeddings=False),
 ]
+QWEN1_ONLY = [
+    dict(logn=0),
+    dict(rope=Rope(theta=54321.5), max_position=80, logn=80),
+    dict(rope=Rope(theta=12345.0, scaling=QwenNTK(original_positions=5000)), max_position=32768, logn=5000),
+]
 NOT_QWEN1 = [
+    dict(max_position=128),
+    dict(rope=Rope(theta=12345.0, scaling=PAPER), max_position=200),
+    dict(rope=Rope(theta=54321.5, scaling=PAPER), max_position=1000),
+    dict(rope=Rope(theta=12345.0, scaling=Linear(factor=2.0)), max_position=128),
+    dict(rope=Rope(theta=12345.0, scaling=DynamicNTK(factor=2.0, original_positions=40)), max_position=80),
     dict(windows=(0, 5, 5)),
     dict(windows=(5, 0, 5)),
     dict(num_kv_heads=1),
@@ -373,7 +466,7 @@ NOT_QWEN1 = [
 def test_a_change_is_written_and_the_rest_of_the_file_is_kept(kind):
     original = FILES[kind] | {"eos_token_id": [7, 8], "something_else": {"a": [1]}}
     model_type = original["model_type"]
-    for changes in CHANGES + ([] if model_type == "qwen" else NOT_QWEN1):
+    for changes in CHANGES + (QWEN1_ONLY if model_type == "qwen" else NOT_QWEN1):
         config = dataclasses.replace(MODELS[kind], **changes)
         written = hf_config.to_hf(config, model_type, keep=original)
         assert read(json.loads(json.dumps(written))) == config, changes
@@ -396,10 +489,11 @@ def test_a_change_elsewhere_keeps_what_the_model_is_read_without():
 
 
 def test_a_file_of_another_architecture_gives_only_its_ids_of_tokens():
-    original = QWEN1 | {"eos_token_id": 9, "pad_token_id": None}
-    written = hf_config.to_hf(MODELS["qwen"], "qwen2", keep=original)
-    assert written == hf_config.to_hf(MODELS["qwen"], "qwen2") | {"eos_token_id": 9, "pad_token_id": None}
-    assert read(written) == MODELS["qwen"]
+    original = QWEN1 | {"eos_token_id": 9, "pad_token_id": None, "use_dynamic_ntk": False, "use_logn_attn": False}
+    config = read(original)
+    written = hf_config.to_hf(config, "qwen2", keep=original)
+    assert written == hf_config.to_hf(config, "qwen2") | {"eos_token_id": 9, "pad_token_id": None}
+    assert read(written) == config
 
 
 @pytest.mark.parametrize(
@@ -408,8 +502,33 @@ def test_a_file_of_another_architecture_gives_only_its_ids_of_tokens():
         (dict(windows=(2, 3, 4)), r"one size for all windows, and this model has \[2, 3, 4\]"),
         (dict(score=Score(labels=3, hidden=True)), "hidden score of 3 labels"),
         (dict(qkv_bias=False), "'qwen2' has qkv_bias=True"),
+        (dict(logn=64), "'qwen2' has logn=0, and this model 64"),
+        (dict(rope=MODELS["qwen"].rope), "'qwen2' has no rope scaling of the kind QwenNTK"),
+        (dict(rope=Rope(theta=12345.0, scaling=PAPER)), r"cannot say max_position=64: with Yarn\(.* 200 positions"),
     ],
 )
 def test_a_model_that_config_json_cannot_say_is_refused(changes, message):
     with pytest.raises(ModelError, match=message):
         hf_config.to_hf(tiny_config(**changes), "qwen2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(logn=32), "one training length, and this model logn=32 beside 64"),
+        (dict(max_position=64), "cannot say max_position=64: with QwenNTK.* 512 positions"),
+        (dict(rope=Rope(theta=12345.0, scaling=PAPER)), "'qwen' has no rope scaling of the kind Yarn"),
+    ],
+)
+def test_a_qwen1_that_config_json_cannot_say_is_refused(changes, message):
+    with pytest.raises(ModelError, match=message):
+        hf_config.to_hf(dataclasses.replace(MODELS["qwen"], **changes), "qwen")
+
+
+def test_a_scaling_that_is_taken_off_leaves_nothing_behind():
+    extended = QWEN2 | {"rope_scaling": {"type": "yarn"} | YARN, "original_max_position_embeddings": 50}
+    config = dataclasses.replace(read(extended), rope=Rope(theta=12345.0))
+    written = hf_config.to_hf(config, "qwen2", keep=extended)
+    assert written == without(QWEN2, "rope_scaling") | {"max_position_embeddings": 200}
+    theta = dataclasses.replace(read(extended), rope=Rope(theta=2.0, scaling=PAPER))
+    assert hf_config.to_hf(theta, "qwen2", keep=extended)["max_position_embeddings"] == 64
