@@ -114,7 +114,7 @@ def logits(config, params, tokens, positions, **cache):
 
 def assert_decodes(config, params, ids, expected):
     """With a cache, a prompt, single tokens and several at once have the logits that all of `ids` [B, 17] have."""
-    cache, at = model.make_cache(config, *ids.shape), 0
+    cache, at = model.make_cache(config, *ids.shape, lengths=jnp.full(len(ids), 9, jnp.int32)), 0
     for length in (9, 1, 1, 1, 1, 4):
         tokens = jnp.asarray(ids[:, at : at + length], jnp.int32)
         positions = jnp.broadcast_to(jnp.arange(at, at + length, dtype=jnp.int32), tokens.shape)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qwen_jax import model
-from qwen_jax.config import Score
+from qwen_jax.config import DynamicNTK, Linear, Rope, Score, Yarn
+from qwen_jax.ops.rope import frequencies
 from qwen_jax.weights import hf, hf_config
 from tests.conftest import tiny_config
-from tests.published import assert_close, tree_of
+from tests.published import assert_close, logits, tree_of
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install -e '.[parity]'")
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install -e '.[parity]'")
@@ -20,6 +22,14 @@ transformers = pytest.importorskip("transformers", reason="the oracle: pip insta
 pytestmark = pytest.mark.filterwarnings("default")
 
 QWEN3 = dict(qkv_bias=False, qk_norm=True)
+# Lengths of which the 16 tokens below are a multiple; the ramp of YaRN is in the middle of the pairs.
+LINEAR, DYNAMIC = Linear(factor=2.5), DynamicNTK(factor=3.0, original_positions=6)
+YARN = Yarn(factor=4.0, original_positions=6, beta_fast=0.5, beta_slow=0.01, attention_factor=1.3)
+SCALED = {
+    "qwen2 linear": tiny_config(rope=Rope(theta=12345.0, scaling=LINEAR)),
+    "qwen2 yarn": tiny_config(rope=Rope(theta=12345.0, scaling=YARN)),
+    "qwen3 dynamic": tiny_config(**QWEN3, rope=Rope(theta=12345.0, scaling=DYNAMIC), max_position=18),
+}
 MODELS = {
     "qwen2 tied": tiny_config(),
     "qwen2 untied": tiny_config(tie_embeddings=False, num_kv_heads=1, head_dim=8),
@@ -30,6 +40,7 @@ MODELS = {
     "qwen3 tied": tiny_config(**QWEN3),
     "qwen3 windows": tiny_config(**QWEN3, windows=(4, 4, 4), tie_embeddings=False),
     "qwen3 score": tiny_config(**QWEN3, score=Score(labels=1, hidden=False)),
+    **SCALED,
 }
 
 
@@ -80,3 +91,52 @@ def test_it_computes_what_ours_computes(mesh, config, tmp_path):
         states = net.model(torch.tensor(tokens.astype(np.int64))).last_hidden_state
         expected = (net.score if config.score else net.lm_head)(states)
     assert_close(got, expected.numpy())
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_decoding_turns_keys_as_theirs_does(mesh, name, tmp_path):
+    """One row at a time there; here both rows in one batch, padded to the longer."""
+    config = SCALED[name]
+    net = oracle(config, tmp_path)
+    named = {name: p.detach().numpy() for name, p in net.named_parameters()}
+    params = model.unstack_layers(tree_of(config, hf.table(config, hf.model_type_of(config)), named))
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 16)).astype(np.int32)
+    lengths = np.array([4, 10], np.int32)  # within the original positions, from which it grows out, and beyond
+    expected = []
+    with torch.no_grad():
+        for row, length in zip(torch.tensor(ids.astype(np.int64)), lengths, strict=True):
+            net(row[None, :1])  # their dynamic scaling stays at the longest row it saw until it sees a short one
+            steps, cache = [], None
+            for piece in (row[None, :length], *(row[None, t : t + 1] for t in range(length, 16))):
+                out = net(piece, past_key_values=cache, use_cache=True)
+                steps.append(out.logits[0])
+                cache = out.past_key_values
+            expected.append(torch.cat(steps).numpy())
+
+    cache = model.make_cache(config, 2, 16, lengths=jnp.asarray(lengths))
+    positions = np.tile(np.arange(10, dtype=np.int32), (2, 1))
+    got, cache = logits(config, params, np.where(positions < lengths[:, None], ids[:, :10], 0), positions, cache=cache)
+    for row, length in enumerate(lengths):
+        assert_close(got[row, :length], expected[row][:length], f"prompt {row}")
+    for step in range(6):
+        at = lengths[:, None] + step
+        got, cache = logits(config, params, np.take_along_axis(ids, at, axis=1), at, cache=cache)
+        assert_close(got[:, 0], np.stack([expected[row][at[row, 0]] for row in (0, 1)]), f"step {step}")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("theta", "original", "factor"), [(1e6, 32768, 4.0), (1e4, 2048, 1.0), (5e6, 300, 40.5)])
+def test_yarn_of_a_published_file_is_theirs(head_dim, theta, original, factor):
+    values = hf_config.to_hf(tiny_config(head_dim=head_dim), "qwen2") | {
+        "rope_theta": theta,
+        # With the extended length here, which some releases divide by the original one to have the factor.
+        "max_position_embeddings": int(factor * original),
+        "rope_scaling": {"type": "yarn", "factor": factor, "original_max_position_embeddings": original},
+    }
+    config = hf_config.from_hf(values, where="config.json")
+    kind = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"]
+    theirs, attention_factor = kind(transformers.Qwen2Config(**values), "cpu")
+    ours = frequencies(config.rope, jnp.zeros((1, 1), jnp.int32), None, head_dim=head_dim)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
+    assert config.rope.scaling.attention_factor == pytest.approx(attention_factor, rel=1e-9)
+    assert config.max_position == int(factor * original)
