@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 
 from qwen_jax import model, sharding
-from qwen_jax.config import Rope, Score
+from qwen_jax.config import DynamicNTK, QwenNTK, Rope, Score, Yarn
 from qwen_jax.ops.loss import chunked_cross_entropy
 from tests.conftest import tiny_config
 
 # float32 sums taken in another order: a few units in the last place of numbers of size one.
 ROUNDING = dict(rtol=1e-5, atol=1e-6)
 ATTENTION = ("xla", "reference")
+NTK = Rope(theta=12345.0, scaling=QwenNTK(original_positions=4))
+YARN = Rope(
+    theta=12345.0,
+    scaling=Yarn(factor=4.0, original_positions=6, beta_fast=0.5, beta_slow=0.01, attention_factor=1.3),
+)
 
 
 def parameters(config):
@@ -69,9 +74,9 @@ def test_no_gradient_flows_from_a_token_to_an_earlier_one(mesh, attention, windo
             assert (by_token[: t + 1] > 0).all()
 
 
-@pytest.mark.parametrize("attention, scan", [("xla", True), ("reference", False)])
-def test_packed_documents_equal_separate_ones(mesh, attention, scan):
-    config = tiny_config()
+@pytest.mark.parametrize("attention, scan, changes", [("xla", True, {}), ("reference", False, dict(rope=YARN, logn=3))])
+def test_packed_documents_equal_separate_ones(mesh, attention, scan, changes):
+    config = tiny_config(**changes)
     params = parameters(config)
     params = params if scan else model.unstack_layers(params)
     lengths = (5, 1, 7)
@@ -136,7 +141,9 @@ def loss_and_norm(config, sizes, attention="auto"):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradient_norm_are_the_same_on_every_mesh(tied):
-    config = tiny_config(tie_embeddings=tied, width=64, vocab_size=128, mlp_width=64, num_layers=2)
+    # What goes by the length of a row, of which a device may have a part, is the same too.
+    by_length = dict(rope=NTK, logn=4) if tied else {}
+    config = tiny_config(tie_embeddings=tied, width=64, vocab_size=128, mlp_width=64, num_layers=2, **by_length)
     expected = loss_and_norm(config, {})
     for sizes in MESHES if tied else MESHES[1:2]:
         np.testing.assert_allclose(loss_and_norm(config, sizes), expected, rtol=1e-5, err_msg=str(sizes))
@@ -210,7 +217,8 @@ def test_every_field_of_the_config_changes_the_output(mesh):
     params = parameters(base)
     output = lambda config, params: np.asarray(hidden_states(config, params, tokens)[0], np.float32)
     expected = output(base, params)
-    same_tree = dict(norm_eps=1e-1, rope=Rope(theta=99.0), windows=(2, 2, 2), dtype="bfloat16")
+    # The fields of a scaling are counted in tests/ops/test_rope.py.
+    same_tree = dict(norm_eps=1e-1, rope=NTK, logn=9, windows=(2, 2, 2), dtype="bfloat16")
     for name, value in same_tree.items():
         assert not np.array_equal(output(dataclasses.replace(base, **{name: value}), params), expected), name
     other_tree = dict(
@@ -224,6 +232,38 @@ def test_every_field_of_the_config_changes_the_output(mesh):
     covered = {*same_tree, *other_tree}
     # How far a prompt may reach is a limit the callers keep; it is no part of the function.
     assert covered | {"max_position"} == {field.name for field in dataclasses.fields(base)}
+
+
+def test_qwen1_extended_is_plain_within_its_training_length(mesh):
+    plain = tiny_config()
+    extended = tiny_config(rope=Rope(theta=12345.0, scaling=QwenNTK(original_positions=12)), logn=12)
+    params = parameters(plain)
+    output = lambda config, length: hidden_states(config, params, ids(2, 16)[:, :length])[0]
+    np.testing.assert_array_equal(output(extended, 12), output(plain, 12))
+
+
+def test_padding_does_not_count_as_length(mesh):
+    config = tiny_config(rope=NTK, logn=4)
+    params, tokens = parameters(config), ids(2, 16)
+    lengths = np.array([[3], [16]])
+    at = np.arange(16, dtype=np.int32)
+    padded, _ = hidden_states(
+        config, params, np.where(at < lengths, tokens, 0), np.tile(at, (2, 1)),
+        segments=jnp.asarray(at < lengths, jnp.int32),
+    )  # fmt: skip
+    plain, _ = hidden_states(tiny_config(), params, tokens[:, :3])
+    np.testing.assert_allclose(padded[0, :3], plain[0], **ROUNDING)
+    assert np.abs(np.asarray(padded)[1, :3] - plain[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("scaling", [NTK.scaling, DynamicNTK(factor=2.0, original_positions=4)])
+def test_a_cache_is_not_made_without_the_lengths_it_needs(mesh, scaling):
+    config = tiny_config(rope=Rope(theta=9.0, scaling=scaling))
+    with pytest.raises(ValueError, match="give make_cache their `lengths`"):
+        model.make_cache(config, 2, 6)
+    lengths = jnp.array([3, 6], jnp.int32)
+    np.testing.assert_array_equal(model.make_cache(config, 2, 6, lengths=lengths).grow(12).lengths, lengths)
+    assert model.make_cache(tiny_config(), 2, 6, lengths=lengths).lengths is None
 
 
 def test_a_token_outside_the_vocabulary_is_not_clamped(mesh):

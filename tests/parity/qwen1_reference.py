@@ -1,7 +1,6 @@
 """Qwen1 in its plainest form: one row, one layer, one head at a time, tensors by their published names.
 
-Shares nothing with the library, so that an error would have to be made twice. For rows within `seq_length`, where
-dynamic NTK and log-n attention change nothing.
+Shares nothing with the library, so that an error would have to be made twice.
 """
 
 from __future__ import annotations
@@ -24,6 +23,9 @@ class Constants:
     head_dim: int
     norm_eps: float
     rotary_base: float
+    seq_length: int
+    use_dynamic_ntk: bool
+    use_logn_attn: bool
 
 
 def constants(config: Mapping[str, Any]) -> Constants:
@@ -35,11 +37,18 @@ def constants(config: Mapping[str, Any]) -> Constants:
         head_dim=config["kv_channels"],
         norm_eps=config["layer_norm_epsilon"],
         rotary_base=config["rotary_emb_base"],
+        **{name: config[name] for name in ("seq_length", "use_dynamic_ntk", "use_logn_attn")},
     )
 
 
-def logits(c: Constants, tensors: Mapping[str, jax.Array], ids: jax.Array) -> jax.Array:
-    """The logits [T, V] of one row of token ids [T], in float32."""
+def logits(c: Constants, tensors: Mapping[str, jax.Array], ids: jax.Array, prompt: int | None = None) -> jax.Array:
+    """The logits [T, V] of one row of token ids [T], in float32; the first `prompt` of them, or all, came at once."""
+    alpha = 1
+    if c.use_dynamic_ntk:
+        context_value = math.log((prompt or len(ids)) / c.seq_length, 2) + 1
+        alpha = max(2 ** math.ceil(context_value) - 1, 1)
+    # Dynamic NTK is a larger base.
+    c = dataclasses.replace(c, rotary_base=c.rotary_base * alpha ** (c.head_dim / (c.head_dim - 2)))
     x = tensors["transformer.wte.weight"][ids]
     for i in range(c.num_layers):
         prefix = f"transformer.h.{i}."
@@ -55,11 +64,16 @@ def _norm(c, x, weight):
 
 def _attention(c, layer, x):
     q, k, v = jnp.split(x @ layer["attn.c_attn.weight"].T + layer["attn.c_attn.bias"], 3, axis=-1)
+    logn = [math.log(i, c.seq_length) if i > c.seq_length and c.use_logn_attn else 1 for i in range(1, len(x) + 1)]
     causal = jnp.tril(jnp.ones((len(x), len(x)), bool))
     heads = []
     for i in range(c.num_heads):
         own = slice(i * c.head_dim, (i + 1) * c.head_dim)
-        scores = _rotate(c, q[:, own]) @ _rotate(c, k[:, own]).T / math.sqrt(c.head_dim)
+        scores = (
+            (_rotate(c, q[:, own]) * jnp.array(logn, jnp.float32)[:, None])
+            @ _rotate(c, k[:, own]).T
+            / math.sqrt(c.head_dim)
+        )
         heads.append(jax.nn.softmax(jnp.where(causal, scores, -jnp.inf)) @ v[:, own])
     return jnp.concatenate(heads, axis=-1) @ layer["attn.c_proj.weight"].T
 

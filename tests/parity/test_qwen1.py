@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen_jax.config import QwenNTK, Rope
 from qwen_jax.weights.load import load_params
 from qwen_jax.weights.source import open_model
 from tests.conftest import tiny_config
@@ -26,22 +28,31 @@ from tests.published import (
 )
 
 CONFIG = tiny_config(num_kv_heads=4, head_dim=8, tie_embeddings=False)
+# Trained for 5 tokens: 9 are a prompt of up to twice as many, 17 one of up to four times.
+EXTENDED = dataclasses.replace(
+    CONFIG, rope=Rope(theta=12345.0, scaling=QwenNTK(original_positions=5)), logn=5, max_position=40
+)
 IDS = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (2, 17)).astype(np.int32)
 
 
 @pytest.fixture
-def published(tmp_path):
+def config():
+    return CONFIG
+
+
+@pytest.fixture
+def published(tmp_path, config):
     """A folder and its tensors by name; the matrices are small enough that no softmax saturates."""
-    drawn = publish(tmp_path / "qwen1", CONFIG, "qwen")
+    drawn = publish(tmp_path / "qwen1", config, "qwen")
     tensors = {name: 0.3 * array if array.ndim == 2 else array for name, array in drawn.items()}
     save_safetensors(tmp_path / "qwen1/model.safetensors", tensors)
     return tmp_path / "qwen1", tensors
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def reference(constants, tensors, ids):
+@functools.partial(jax.jit, static_argnums=0, static_argnames="prompt")
+def reference(constants, tensors, ids, prompt=None):
     """The logits [B, T, V]."""
-    return jax.vmap(functools.partial(qwen1_reference.logits, constants, tensors))(ids)
+    return jax.vmap(functools.partial(qwen1_reference.logits, constants, tensors, prompt=prompt))(ids)
 
 
 def constants_of(folder):
@@ -76,6 +87,18 @@ def test_decoding_with_a_cache(mesh, published):
     opened = open_model(folder)
     params = load_params(opened, dtype="float32", stacked=False)
     assert_decodes(opened.config, params, IDS, reference(constants_of(folder), tensors, IDS))
+
+
+@pytest.mark.parametrize("config", [EXTENDED], ids=["extended"])
+def test_dynamic_ntk_and_logn_attention(mesh, published):
+    """A sequence goes by all that came at once: of the whole row that is more than of its first 9 tokens."""
+    folder, tensors = published
+    opened = open_model(folder)
+    assert opened.config == EXTENDED
+    whole, begun = (np.asarray(reference(constants_of(folder), tensors, IDS, prompt=n)) for n in (17, 9))
+    assert np.abs(whole - begun).max() > 0.01 * np.abs(whole).max()
+    assert_close(our_logits(folder), whole)
+    assert_decodes(opened.config, load_params(opened, dtype="float32", stacked=False), IDS, begun)
 
 
 def test_both_key_sets_of_config_json_say_the_same(published):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwen_jax import bindings
+from qwen_jax.config import DynamicNTK, QwenNTK, Rope, Yarn
 from qwen_jax.errors import ConfigError
 from train.config import TrainConfig
 
@@ -18,6 +19,16 @@ from train.config import TrainConfig
         ("mesh.context", 3, r"data.sequence_length=16 must be a multiple of 2 \* mesh.context = 6"),
         ("mesh.tensor", 4, "model.num_heads=2 must be a multiple of mesh.tensor=4"),
         ("mesh.tensor", 0, "tensor=0 must be at least 1"),
+        (
+            "model.rope",
+            Rope(theta=1e4, scaling=QwenNTK(original_positions=15)),
+            "data.sequence_length=16 must not exceed model.rope.scaling.original_positions=15: past it QwenNTK goes by",
+        ),
+        (
+            "model.rope",
+            Rope(theta=1e4, scaling=DynamicNTK(factor=2.0, original_positions=8)),
+            "original_positions=8: past it DynamicNTK goes by",
+        ),
         ("data.sequence_length", 33, "data.sequence_length=33 must not exceed model.max_position=32"),
         ("schedule.warmup_steps", 6, "warmup_steps=6 must be below steps=6"),
         ("schedule.final_fraction", 1.5, "final_fraction=1.5 must be between 0 and 1"),
@@ -43,3 +54,21 @@ def test_rendered_config_reads_back_equal(config, tmp_path):
     file = tmp_path / "again.gin"
     file.write_text(bindings.render(config, {}))
     assert bindings.resolve(TrainConfig, bindings.read(file))[0] == config
+
+
+def test_rope_scalings_are_bound_by_name(config, tmp_path):
+    fields = dict(factor=2.0, original_positions=16, beta_fast=32.0, beta_slow=1.0, attention_factor=1.07)
+    lines = ["@Yarn", *fields.values()]
+    names = ["model.rope.scaling", *(f"model.rope.scaling.{name}" for name in fields)]
+    assignments = [f"{name} = {line}" for name, line in zip(names, lines, strict=True)]
+    file = tmp_path / "plain.gin"
+    file.write_text(bindings.render(config, {}))
+    resolve = lambda *more: bindings.resolve(TrainConfig, [*bindings.read(file), *bindings.parse_set(more)])[0]
+    made = resolve("model.logn = 16", *assignments)
+    assert (made.model.rope, made.model.logn) == (Rope(theta=1e4, scaling=Yarn(**fields)), 16)
+    file.write_text(bindings.render(made, {}))
+    assert resolve() == made and resolve("model.rope.scaling = None").model.rope == Rope(theta=1e4)
+    with pytest.raises(ConfigError, match=r"scaling \(Linear\) has fields without a value; write `.*factor = "):
+        resolve("model.rope.scaling = @Linear")
+    with pytest.raises(ConfigError, match="scaling cannot be @YaRN; did you mean @Yarn"):
+        resolve("model.rope.scaling = @YaRN")
