@@ -109,8 +109,6 @@ def _check_original_positions(positions: int) -> None:
 
 
 Scaling = Linear | DynamicNTK | QwenNTK | Yarn
-
-
 _KINDS = {kind.__name__: kind for kind in (Linear, DynamicNTK, QwenNTK, Yarn)}
 
 

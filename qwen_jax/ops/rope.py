@@ -47,8 +47,9 @@ def rotation(
       logn: the training length of log-n attention; 0 for none.
       dtype: of the heads.
     """
+    turns = frequencies(rope, positions, lengths, head_dim=head_dim)
     # float32: bfloat16 cannot tell position 257 from 256.
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies(rope, positions, lengths, head_dim=head_dim)
+    angles = positions[:, :, None, None].astype(jnp.float32) * turns
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if isinstance(rope.scaling, Yarn):
         cos, sin = cos * rope.scaling.attention_factor, sin * rope.scaling.attention_factor
