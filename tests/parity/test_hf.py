@@ -86,6 +86,7 @@ def test_it_computes_what_ours_computes(mesh, config, tmp_path):
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 16)).astype(np.int32)
     positions = np.tile(np.arange(16, dtype=np.int32), (2, 1))
     hidden, _ = jax.jit(model.forward, static_argnums=0)(config, params, tokens, positions)
+    params = jax.tree.map(jnp.asarray, params)
     got = model.scores(config, params, hidden) if config.score else model.logits(params, hidden)
     with torch.no_grad():
         states = net.model(torch.tensor(tokens.astype(np.int64))).last_hidden_state
