@@ -192,7 +192,8 @@ def describe(config: TrainConfig, mesh: Mesh, step: int, report: Report) -> None
     report.fact(
         "model",
         f"{model.num_parameters:,} parameters{active}: {model.num_layers} layers of width {model.width}, "
-        f"{model.num_heads} heads ({model.num_kv_heads} for keys and values), vocabulary {model.vocab_size:,}, {model.dtype}",
+        f"{model.num_heads} heads ({model.num_kv_heads} for keys and values), vocabulary {model.vocab_size:,}, "
+        f"{model.dtype}",
     )
     device = mesh.devices.flat[0]
     split = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)

@@ -2,7 +2,7 @@
 
 `dense` is the definition. `apply_experts` computes the same from the chosen experts alone: the choices are sorted by
 expert and taken in blocks of rows, each of one expert, in a loop that is as long as there are rows. The backward pass
-is written out: it keeps nothing but its inputs, and adds what a block has of the gradient to the slice of its expert.
+is written out: it keeps nothing but its inputs, and goes through the blocks expert by expert.
 
 `jax.lax.ragged_dot` is not used: on CPU and GPU it multiplies every row with every expert, and on TPU the gradient of
 its weights does.
@@ -95,8 +95,8 @@ def _backward(saved, dy):
         order = _Order.of(tokens, matrices[0].shape[0])
         dx, dweights, gradients = _blocks_backward(tokens, dy, _whole(matrices, splits), order)
         gradients = tuple(
-            sharding.reduce_scatter(d.astype(w.dtype), axis=sharding.fsdp_dimension(split), over=_OTHERS)
-            for d, w, split in zip(gradients, matrices, splits, strict=True)
+            sharding.reduce_scatter(d, axis=sharding.fsdp_dimension(split), over=_OTHERS)
+            for d, split in zip(gradients, splits, strict=True)
         )
         return _returned(dx, like=x), _returned(dweights, like=weights), gradients
 
@@ -157,14 +157,14 @@ class _Order(NamedTuple):
     Attributes:
       choices: [R + rows], of M * k, those of each expert in the order of tokens.
       starts, sizes: of each expert's part, [E].
-      ends: how many blocks there are up to and with each expert's, [E].
+      blocks: of each expert, [E].
       rows: of a block.
     """
 
     choices: Array
     starts: Array
     sizes: Array
-    ends: Array
+    blocks: Array
     rows: int
 
     @classmethod
@@ -178,27 +178,23 @@ class _Order(NamedTuple):
         # A token's choices differ: no more of them than there are experts can be here.
         most = num_tokens * min(top_k, num_experts)
         choices = jnp.pad(jnp.argsort(experts, stable=True)[:most].astype(jnp.int32), (0, rows))
-        ends = jnp.cumsum((sizes + rows - 1) // rows)
-        return cls(choices, jnp.cumsum(sizes) - sizes, sizes, ends, rows)
+        return cls(choices, jnp.cumsum(sizes) - sizes, sizes, (sizes + rows - 1) // rows, rows)
 
-    def block(self, i: Array, tokens: _Tokens) -> _Block:
-        expert = jnp.sum(i >= self.ends)
-        done = (i - jnp.where(expert > 0, self.ends[expert - 1], 0)) * self.rows
-        choices = jax.lax.dynamic_slice_in_dim(self.choices, self.starts[expert] + done, self.rows)
+    def block(self, expert: Array, i: Array, tokens: _Tokens) -> _Block:
+        """The block number i of an expert."""
+        choices = jax.lax.dynamic_slice_in_dim(self.choices, self.starts[expert] + i * self.rows, self.rows)
         index = jnp.arange(self.rows, dtype=jnp.int32)
         # Rows past the expert's last are another's: what is written for an index past the end is dropped.
-        own, (num_tokens, top_k) = index < self.sizes[expert] - done, tokens.experts.shape
+        own, (num_tokens, top_k) = index < self.sizes[expert] - i * self.rows, tokens.experts.shape
         return _Block(
-            expert=expert,
             tokens=jnp.where(own, choices // top_k, num_tokens + index),
             choices=jnp.where(own, choices, num_tokens * top_k + index),
         )
 
 
 class _Block(NamedTuple):
-    """Rows of one expert: which of its device's, and of each row the token and the choice; past the end for none."""
+    """Of each row the token and the choice, counted over those of the device; past the end where there is no row."""
 
-    expert: Array
     tokens: Array
     choices: Array
 
@@ -224,34 +220,49 @@ def _weighted(gate: Array, up: Array, weights: Array) -> Array:
 
 def _blocks_forward(tokens: _Tokens, matrices: Matrices, order: _Order) -> Array:
     """The sum over choices of each token [M, D], in float32, of this device's experts and part of F."""
+    ends = jnp.cumsum(order.blocks)
 
     def add_block(i, y):
-        block = order.block(i, tokens)
+        # One loop over the blocks of all experts: nothing is read of those without tokens, as most are in decoding.
+        expert = jnp.sum(i >= ends)
+        block = order.block(expert, i - (ends - order.blocks)[expert], tokens)
         x, weights = block.rows_of(tokens.x), block.weights_of(tokens.weights)
-        gate, up, down = (w[block.expert] for w in matrices)
+        gate, up, down = (w[expert] for w in matrices)
         hidden = _weighted(_dot(x, gate, 1, 1), _dot(x, up, 1, 1), weights).astype(x.dtype)
         return block.add(y, _dot(hidden, down, 1, 1))
 
-    return jax.lax.fori_loop(0, order.ends[-1], add_block, jnp.zeros(tokens.x.shape, jnp.float32))
+    return jax.lax.fori_loop(0, ends[-1], add_block, jnp.zeros(tokens.x.shape, jnp.float32))
 
 
 def _blocks_backward(tokens: _Tokens, dy: Array, matrices: Matrices, order: _Order) -> tuple[Array, Array, Matrices]:
-    """The gradients, in float32, by x, by weights and by matrices, for the gradient dy [M, D] of the sum."""
+    """For the gradient dy [M, D] of the sum those by x and by weights, in float32, and by matrices, in their dtype."""
 
-    def add_block(i, sums):
-        dx, dweights, (dgate, dup, ddown) = sums
-        block = order.block(i, tokens)
-        e, x, dy_rows, weights = block.expert, *map(block.rows_of, (tokens.x, dy)), block.weights_of(tokens.weights)
-        gate, up, down = (w[e] for w in matrices)
-        hidden, pull = jax.vjp(_weighted, _dot(x, gate, 1, 1), _dot(x, up, 1, 1), weights)
-        by_gate, by_up, by_weights = pull(_dot(dy_rows, down, 1, 0))
-        by_gate, by_up, hidden = (each.astype(x.dtype) for each in (by_gate, by_up, hidden))
-        dx = block.add(dx, _dot(by_gate, gate, 1, 0) + _dot(by_up, up, 1, 0))
-        dweights = dweights.at[block.choices].set(by_weights[:, 0], mode="drop", unique_indices=True)
-        dgate, dup = dgate.at[e].add(_dot(by_gate, x, 0, 0)), dup.at[e].add(_dot(by_up, x, 0, 0))
-        return dx, dweights, (dgate, dup, ddown.at[e].add(_dot(dy_rows, hidden, 0, 0)))
+    def add_expert(sums, expert):
+        index, (gate, up, down) = expert
 
-    zeros = lambda shape: jnp.zeros(shape, jnp.float32)
-    start = zeros(tokens.x.shape), zeros(tokens.weights.size), tuple(zeros(w.shape) for w in matrices)
-    dx, dweights, gradients = jax.lax.fori_loop(0, order.ends[-1], add_block, start)
+        def add_block(i, sums):
+            dx, dweights, dgate, dup, ddown = sums
+            block = order.block(index, i, tokens)
+            x, dy_rows = block.rows_of(tokens.x), block.rows_of(dy)
+            pre = _dot(x, gate, 1, 1), _dot(x, up, 1, 1)
+            hidden, pull = jax.vjp(_weighted, *pre, block.weights_of(tokens.weights))
+            by_gate, by_up, by_weights = pull(_dot(dy_rows, down, 1, 0))
+            by_gate, by_up, hidden = (each.astype(x.dtype) for each in (by_gate, by_up, hidden))
+            dx = block.add(dx, _dot(by_gate, gate, 1, 0) + _dot(by_up, up, 1, 0))
+            dweights = dweights.at[block.choices].set(by_weights[:, 0], mode="drop", unique_indices=True)
+            return (
+                dx,
+                dweights,
+                dgate + _dot(by_gate, x, 0, 0),
+                dup + _dot(by_up, x, 0, 0),
+                ddown + _dot(dy_rows, hidden, 0, 0),
+            )
+
+        zeros = (jnp.zeros(w.shape, jnp.float32) for w in (gate, up, down))
+        dx, dweights, *gradients = jax.lax.fori_loop(0, order.blocks[index], add_block, (*sums, *zeros))
+        return (dx, dweights), tuple(d.astype(w.dtype) for d, w in zip(gradients, (gate, up, down), strict=True))
+
+    start = jnp.zeros(tokens.x.shape, jnp.float32), jnp.zeros(tokens.weights.size, jnp.float32)
+    # The sums of one expert are small enough for a TPU to keep at hand; those of all, in float32, would not be.
+    (dx, dweights), gradients = jax.lax.scan(add_expert, start, (jnp.arange(matrices[0].shape[0]), matrices))
     return dx, dweights.reshape(tokens.weights.shape), gradients
