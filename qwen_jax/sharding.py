@@ -219,7 +219,8 @@ def unreduced_gradient(letters: str, shape: Sequence[int]) -> P:
 
 def all_gather(param: jax.Array, axis: int | None) -> jax.Array:
     """Inside shard_map: a parameter made whole along fsdp, by which its `axis` is split, or none."""
-    if axis is None:
+    # Between one device and itself the CPU backend would still copy it, turned around where need be.
+    if axis is None or axis_size("fsdp") == 1:
         return param
     for groups in reversed(_groups()):
         param = jax.lax.all_gather(param, "fsdp", axis=axis, axis_index_groups=groups, tiled=True)
@@ -231,7 +232,7 @@ def reduce_scatter(gradient: jax.Array, axis: int | None, over: Sequence[str] = 
 
     `over` are the mesh axes along which devices have other tokens' parts of it.
     """
-    if axis is None:
+    if axis is None or axis_size("fsdp") == 1:
         return jax.lax.psum(gradient, over)
     for groups in _groups():
         gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, axis_index_groups=groups, tiled=True)

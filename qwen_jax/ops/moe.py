@@ -128,14 +128,15 @@ def _whole(matrices: Matrices, splits: tuple[P, ...]) -> Matrices:
 
 def _gathered(x: Array) -> Array:
     """Inside shard_map: [B, T, ...] of this device as rows, with those of the other devices along `expert`."""
-    return jax.lax.all_gather(x.reshape(-1, x.shape[-1]), "expert", tiled=True)
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if sharding.axis_size("expert") == 1 else jax.lax.all_gather(rows, "expert", tiled=True)
 
 
 def _returned(sums: Array, *, like: Array) -> Array:
     """The inverse: what the devices along `expert`, each with parts of F, have for this device's tokens."""
-    return (
-        jax.lax.psum(jax.lax.psum_scatter(sums, "expert", tiled=True), "tensor").astype(like.dtype).reshape(like.shape)
-    )
+    if sharding.axis_size("expert") > 1:
+        sums = jax.lax.psum_scatter(sums, "expert", tiled=True)
+    return jax.lax.psum(sums, "tensor").astype(like.dtype).reshape(like.shape)
 
 
 class _Tokens(NamedTuple):
