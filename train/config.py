@@ -281,6 +281,11 @@ class TrainConfig:
                 if getattr(self.objective, name):
                     raise ConfigError(f"objective.{name} is for a mixture of experts, and the model is dense")
             return
+        if bool(moe.shared_width) == self.model_config.qk_norm:
+            raise ConfigError(
+                f"model.moe.shared_width={moe.shared_width} with model.qk_norm={self.model_config.qk_norm} is of no "
+                f"published architecture, and no checkpoint of it could be opened: a mixture of experts has either"
+            )
         if moe.num_experts % mesh.expert:
             raise ConfigError(
                 f"model.moe.num_experts={moe.num_experts} must be a multiple of mesh.expert={mesh.expert}"

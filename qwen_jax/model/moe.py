@@ -70,6 +70,6 @@ class MoE(nn.Module):
         weights, experts = route(logits, top_k=moe.top_k, normalize=moe.normalize_top_k)
         y = Experts(c, moe, name="experts")(x, weights, experts)
         if moe.shared_width:
-            open_by = jax.nn.sigmoid(Linear("btd,cd->btc", (1, c.width), dtype, name="shared_gate")(x))
-            y = y + open_by * MLP(c, moe.shared_width, name="shared")(x)
+            gate = Linear("btd,cd->btc", (1, c.width), dtype, name="shared_gate")(x)
+            y = y + jax.nn.sigmoid(gate) * MLP(c, moe.shared_width, name="shared")(x)
         return y, load(logits, experts, segments)

@@ -25,6 +25,9 @@ _LEAST_ROWS, _MOST_ROWS = 8, 512
 # gate, up and down; as for other weights the letters say how each is split.
 _LETTERS = ("efd", "efd", "edf")
 
+# Whatever splits tokens and not experts.
+_OTHERS = tuple(axis for axis in sharding.TOKENS if axis != "expert")
+
 Matrices = tuple[Array, Array, Array]
 
 
@@ -109,9 +112,6 @@ def _backward(saved, dy):
 
 
 _apply.defvjp(_forward, _backward)
-
-# Whatever splits tokens and not experts.
-_OTHERS = tuple(axis for axis in sharding.TOKENS if axis != "expert")
 
 
 def _splits(matrices: Matrices) -> tuple[P, ...]:

@@ -62,6 +62,11 @@ def test_experts_are_split_evenly(mixture, change, path, value, sentence):
         change(change(mixture, "model.moe", moe), path, value)
 
 
+def test_a_mixture_that_could_not_be_opened_is_not_trained(mixture, change):
+    with pytest.raises(ConfigError, match="shared_width=0 with model.qk_norm=False is of no published architecture"):
+        change(mixture, "model.moe.shared_width", 0)
+
+
 def test_micro_batches_and_rows_are_split_together(config, change):
     fine = change(config, "mesh.data", 4)
     with pytest.raises(ConfigError, match="a micro-batch has 2 rows"):
