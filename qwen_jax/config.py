@@ -148,8 +148,36 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Moe:
+    """The feed-forward part of every layer of a mixture of experts, in place of one MLP.
+
+    Attributes:
+      num_experts: gated MLPs that a router chooses from.
+      top_k: how many of them see each token.
+      expert_width: inner size of each (HF moe_intermediate_size).
+      shared_width: inner size of the MLP that sees every token, behind a gate of its own; 0 for none (Qwen3).
+      normalize_top_k: whether the weights of the chosen experts are made to sum to one.
+    """
+
+    num_experts: int
+    top_k: int
+    expert_width: int
+    shared_width: int
+    normalize_top_k: bool
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k", "expert_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.shared_width < 0:
+            raise ConfigError(f"shared_width={self.shared_width} must not be negative; 0 means no shared expert")
+        if self.top_k > self.num_experts:
+            raise ConfigError(f"top_k={self.top_k} must not exceed num_experts={self.num_experts}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape and the constants of one dense Qwen.
+    """The shape and the constants of one Qwen.
 
     Attributes:
       vocab_size: rows of the embedding table, padding rows included.
@@ -158,7 +186,8 @@ class ModelConfig:
       num_heads: query heads.
       num_kv_heads: key/value heads; each serves num_heads / num_kv_heads query heads.
       head_dim: size of one head; need not be width / num_heads (Qwen3).
-      mlp_width: inner size of the gated MLP (HF intermediate_size; half of Qwen1's field of that name).
+      mlp_width: inner size of the gated MLP (HF intermediate_size; half of Qwen1's field of that name); 0 in a mixture
+        of experts, which has none.
       max_position: positions the model serves.
       norm_eps: epsilon of every RMSNorm.
       qkv_bias: whether the query, key and value projections have a bias (Qwen1 to Qwen2.5).
@@ -168,6 +197,7 @@ class ModelConfig:
       logn: the training length n of Qwen1's log-n attention, with which the query at position p is multiplied by
         log(p + 1) / log(n) where p + 1 > n; 0 for none.
       windows: per layer, how many of the latest keys a query sees; 0 for all; empty for all in each layer.
+      moe: the experts of each layer; None in a dense model.
       score: the head that stands in place of the output head in a reward or classification model; None in others.
       param_dtype: type the parameters are kept in.
       dtype: type of activations and of matmul inputs; norms, softmax, rope angles and the loss are float32.
@@ -188,14 +218,19 @@ class ModelConfig:
     rope: Rope
     logn: int = 0
     windows: tuple[int, ...] = ()
+    moe: Moe | None = None
     score: Score | None = None
     param_dtype: DType = "float32"
     dtype: DType = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_width"):
+        for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.moe and self.mlp_width:
+            raise ConfigError(f"mlp_width={self.mlp_width} is of a dense model; a mixture of experts has mlp_width=0")
+        if self.mlp_width < 1 and not self.moe:
+            raise ConfigError(f"mlp_width={self.mlp_width} must be at least 1")
         if self.max_position < 1:
             raise ConfigError(f"max_position={self.max_position} must be at least 1")
         if self.num_heads % self.num_kv_heads:
@@ -224,11 +259,26 @@ class ModelConfig:
         q, kv = self.num_heads * h, self.num_kv_heads * h
         attention = 2 * d * q + 2 * d * kv + (q + 2 * kv if self.qkv_bias else 0) + (2 * h if self.qk_norm else 0)
         block = attention + 3 * d * self.mlp_width + 2 * d
+        if self.moe:
+            shared = 3 * d * self.moe.shared_width + d if self.moe.shared_width else 0
+            block += self.moe.num_experts * d + shared
+        experts = self._expert_parameters * self.moe.num_experts if self.moe else 0
         head = 0 if self.tie_embeddings else self.vocab_size * d
         if self.score:
             labels = self.score.labels
             head = d * d + d + labels * d + labels if self.score.hidden else labels * d
-        return self.vocab_size * d + self.num_layers * block + d + head
+        return self.vocab_size * d + self.num_layers * block + experts + d + head
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that one token is computed with: of the experts, those that it is sent to."""
+        idle = self.moe.num_experts - self.moe.top_k if self.moe else 0
+        return self.num_parameters - idle * self._expert_parameters
+
+    @property
+    def _expert_parameters(self) -> int:
+        """Parameters of one expert, in all layers."""
+        return 3 * self.width * self.moe.expert_width * self.num_layers if self.moe else 0
 
     def to_json(self) -> str:
         """The config as JSON that `from_json` reads back to an equal one."""
@@ -243,9 +293,10 @@ class ModelConfig:
         try:
             values: dict[str, Any] = json.loads(text)
             parts: dict[str, Any] = {"rope": _rope(**values["rope"]), "windows": tuple(values["windows"])}
-            # Absent from configs written before there were scores.
-            if values.get("score") is not None:
-                parts["score"] = Score(**values["score"])
+            # Absent from configs written before there were scores and mixtures of experts.
+            for name, part in {"score": Score, "moe": Moe}.items():
+                if values.get(name) is not None:
+                    parts[name] = part(**values[name])
             return cls(**(values | parts))
         except (ValueError, TypeError, KeyError) as error:
             raise ModelError(f"not a model config of this library: {error}") from error

@@ -219,20 +219,24 @@ def unreduced_gradient(letters: str, shape: Sequence[int]) -> P:
 
 def all_gather(param: jax.Array, axis: int | None) -> jax.Array:
     """Inside shard_map: a parameter made whole along fsdp, by which its `axis` is split, or none."""
-    if axis is None:
+    # Between one device and itself the CPU backend would still copy it, turned around where need be.
+    if axis is None or axis_size("fsdp") == 1:
         return param
     for groups in reversed(_groups()):
         param = jax.lax.all_gather(param, "fsdp", axis=axis, axis_index_groups=groups, tiled=True)
     return param
 
 
-def reduce_scatter(gradient: jax.Array, axis: int | None) -> jax.Array:
-    """Inside shard_map: the sum over all tokens of a gradient, its `axis` split by fsdp, or none."""
-    if axis is None:
-        return jax.lax.psum(gradient, TOKENS)
+def reduce_scatter(gradient: jax.Array, axis: int | None, over: Sequence[str] = TOKENS) -> jax.Array:
+    """Inside shard_map: the sum over all tokens of a gradient, its `axis` split by fsdp, or none.
+
+    `over` are the mesh axes along which devices have other tokens' parts of it.
+    """
+    if axis is None or axis_size("fsdp") == 1:
+        return jax.lax.psum(gradient, over)
     for groups in _groups():
         gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, axis_index_groups=groups, tiled=True)
-    return jax.lax.psum(gradient, [axis for axis in TOKENS if axis != "fsdp"])
+    return jax.lax.psum(gradient, [axis for axis in over if axis != "fsdp"])
 
 
 def _groups() -> list[list[list[int]] | None]:

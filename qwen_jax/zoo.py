@@ -1,4 +1,4 @@
-"""Every published dense size of the family, as data: one table of shapes, one of releases.
+"""Every published size of the family, as data: one table of shapes, one of releases.
 
 From the technical reports (arXiv 2309.16609, 2407.10671, 2412.15115, 2505.09388) and the published config files. A
 value that no file confirms says so. Where a checkpoint is at hand, its own config decides, not this table.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 
-from qwen_jax.config import ModelConfig, QwenNTK, Rope
+from qwen_jax.config import ModelConfig, Moe, QwenNTK, Rope
 from qwen_jax.errors import ConfigError
 
 # fmt: off
@@ -46,6 +46,18 @@ _QWEN3 = {
     "32B":  ( 5120,    64,    64,  8,      128, 25600, 151936, False),
 }
 
+#  size        width  layers  heads  kv  head_dim       vocab   tied   experts top_k width shared normalized
+_QWEN1_MOE = {
+    "MoE-A2.7B": ( 2048,    24,    16, 16,      128, 0, 151936, False, (   60,    4, 1408,  5632, False)),
+}
+_QWEN2_MOE = {
+    "57B-A14B":  ( 3584,    28,    28,  4,      128, 0, 151936, False, (   64,    8, 2560, 20480, False)),
+}
+_QWEN3_MOE = {
+    "30B-A3B":   ( 2048,    48,    32,  4,      128, 0, 151936, False, (  128,    8,  768,     0, True)),
+    "235B-A22B": ( 4096,    94,    64,  4,      128, 0, 151936, False, (  128,    8, 1536,     0, True)),
+}
+
 # Of Qwen1 the max_position before dynamic NTK. YaRN, with which Qwen2.5 and Qwen3 are extended to 131072, is in none of
 # the files: who wants it writes it there.
 _RELEASES = (
@@ -59,11 +71,16 @@ _RELEASES = (
     # theta of 4B is not confirmed: 1e6 in its inference script, 5e6 by other accounts
     ("Qwen1.5-{}",                _QWEN1, "0.5B 1.8B 4B 7B 14B 32B 72B 110B",   1e6,   32768,   1e-6),
     ("Qwen1.5-{}-Chat",           _QWEN1, "0.5B 1.8B 4B 7B 14B 32B 72B 110B",   1e6,   32768,   1e-6),
+    # max_position of the base model is 8192 in some copies of its config
+    ("Qwen1.5-{}",                _QWEN1_MOE, "MoE-A2.7B",                      1e6,   32768,   1e-6),
+    ("Qwen1.5-{}-Chat",           _QWEN1_MOE, "MoE-A2.7B",                      1e6,   32768,   1e-6),
     ("CodeQwen1.5-{}",            _CODE,  "7B",                                 1e6,   65536,   1e-6),
     # norm_eps of the 72B of Qwen2, Qwen2-Math and Qwen2.5-Math-Instruct is not confirmed: 1e-5 or 1e-6
     ("Qwen2-{}",                  _QWEN2, "0.5B 1.5B 7B",                       1e6,  131072,   1e-6),
     ("Qwen2-{}",                  _QWEN2, "72B",                                1e6,  131072,   1e-5),
     ("Qwen2-{}-Instruct",         _QWEN2, "0.5B 1.5B 7B 72B",                   1e6,   32768,   1e-6),
+    ("Qwen2-{}",                  _QWEN2_MOE, "57B-A14B",                       1e6,  131072,   1e-6),
+    ("Qwen2-{}-Instruct",         _QWEN2_MOE, "57B-A14B",                       1e6,   32768,   1e-6),
     ("Qwen2-Math-{}",             _QWEN2, "1.5B 7B",                            1e4,    4096,   1e-6),
     ("Qwen2-Math-{}",             _QWEN2, "72B",                                1e4,    4096,   1e-5),
     ("Qwen2-Math-{}-Instruct",    _QWEN2, "1.5B 7B 72B",                        1e4,    4096,   1e-6),
@@ -84,6 +101,11 @@ _RELEASES = (
     ("Qwen3-{}",                  _QWEN3, "0.6B 1.7B 4B 8B 14B 32B",            1e6,   40960,   1e-6),
     ("Qwen3-{}-Instruct-2507",    _QWEN3, "4B",                                 5e6,  262144,   1e-6),
     ("Qwen3-{}-Thinking-2507",    _QWEN3, "4B",                                 5e6,  262144,   1e-6),
+    ("Qwen3-{}",                  _QWEN3_MOE, "30B-A3B 235B-A22B",              1e6,   40960,   1e-6),
+    ("Qwen3-{}-Instruct-2507",    _QWEN3_MOE, "30B-A3B",                        1e7,  262144,   1e-6),
+    ("Qwen3-{}-Thinking-2507",    _QWEN3_MOE, "30B-A3B",                        1e7,  262144,   1e-6),
+    ("Qwen3-{}-Instruct-2507",    _QWEN3_MOE, "235B-A22B",                      5e6,  262144,   1e-6),
+    ("Qwen3-{}-Thinking-2507",    _QWEN3_MOE, "235B-A22B",                      5e6,  262144,   1e-6),
 )
 # fmt: on
 
@@ -105,7 +127,7 @@ def names() -> list[str]:
 
 
 def _config(shape: tuple, *, theta: float, max_position: int, norm_eps: float, qk_norm: bool) -> ModelConfig:
-    width, num_layers, num_heads, num_kv_heads, head_dim, mlp_width, vocab_size, tie_embeddings = shape
+    width, num_layers, num_heads, num_kv_heads, head_dim, mlp_width, vocab_size, tie_embeddings, *experts = shape
     return ModelConfig(
         vocab_size=vocab_size,
         width=width,
@@ -120,6 +142,17 @@ def _config(shape: tuple, *, theta: float, max_position: int, norm_eps: float, q
         qk_norm=qk_norm,
         tie_embeddings=tie_embeddings,
         rope=Rope(theta=theta),
+        moe=_moe(*experts[0]) if experts else None,
+    )
+
+
+def _moe(num_experts: int, top_k: int, expert_width: int, shared_width: int, normalize_top_k: bool) -> Moe:
+    return Moe(
+        num_experts=num_experts,
+        top_k=top_k,
+        expert_width=expert_width,
+        shared_width=shared_width,
+        normalize_top_k=normalize_top_k,
     )
 
 
@@ -132,7 +165,7 @@ def _extended(config: ModelConfig) -> ModelConfig:
 
 _ZOO = {
     name.format(size): _config(
-        shapes[size], theta=theta, max_position=max_position, norm_eps=norm_eps, qk_norm=shapes is _QWEN3
+        shapes[size], theta=theta, max_position=max_position, norm_eps=norm_eps, qk_norm=name.startswith("Qwen3-")
     )
     for name, shapes, sizes, theta, max_position, norm_eps in _RELEASES
     for size in sizes.split()

@@ -89,7 +89,7 @@ def tree_of(config, table, named):
             node = tree
             for key in part.path.split("/"):
                 node = node[key]
-            node[() if part.layer is None else part.layer] = named[tensor.name][rows].reshape(part.shape)
+            node[part.stack] = named[tensor.name][rows].reshape(part.shape)
     return tree
 
 

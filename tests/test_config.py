@@ -1,4 +1,4 @@
-"""What a model config refuses of positions, and its JSON."""
+"""What a model config refuses of positions and experts, and its JSON."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import math
 
 import pytest
 
-from qwen_jax.config import DynamicNTK, Linear, ModelConfig, QwenNTK, Rope, Yarn
+from qwen_jax import zoo
+from qwen_jax.config import DynamicNTK, Linear, ModelConfig, Moe, QwenNTK, Rope, Yarn
 from qwen_jax.errors import ConfigError, ModelError
 from tests.conftest import tiny_config
 
+MOE = dict(num_experts=4, top_k=2, expert_width=8, shared_width=0, normalize_top_k=True)
 YARN = dict(factor=4.0, original_positions=50, beta_fast=32.0, beta_slow=1.0, attention_factor=1.1)
 SCALINGS = [
     Linear(factor=2.5), DynamicNTK(factor=2.0, original_positions=9), QwenNTK(original_positions=9), Yarn(**YARN),
@@ -62,3 +64,31 @@ def test_bad_values_are_refused_in_one_line(make, message):
     with pytest.raises(ConfigError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(num_experts=0), "num_experts=0 must be at least 1"),
+        (dict(top_k=0), "top_k=0 must be at least 1"),
+        (dict(expert_width=0), "expert_width=0 must be at least 1"),
+        (dict(shared_width=-1), "shared_width=-1 must not be negative"),
+        (dict(top_k=5), "top_k=5 must not exceed num_experts=4"),
+    ],
+)
+def test_bad_experts_are_refused(changes, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        Moe(**MOE | changes)
+
+
+def test_a_layer_has_an_mlp_or_experts():
+    with pytest.raises(ConfigError, match="mlp_width=40 is of a dense model"):
+        tiny_config(moe=Moe(**MOE))
+    with pytest.raises(ConfigError, match="mlp_width=0 must be at least 1"):
+        tiny_config(mlp_width=0)
+
+
+@pytest.mark.parametrize("name", ["Qwen1.5-MoE-A2.7B", "Qwen3-30B-A3B"])
+def test_the_json_of_a_published_mixture(name):
+    config = zoo.published(name)
+    assert ModelConfig.from_json(config.to_json()) == config

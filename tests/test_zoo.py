@@ -44,7 +44,13 @@ PARAMETERS = {
     "Qwen3-8B": 8_190_735_360,
     "Qwen3-14B": 14_768_307_200,
     "Qwen3-32B": 32_762_123_264,
+    "Qwen1.5-MoE-A2.7B": 14_315_784_192,
+    "Qwen2-57B-A14B": 57_408_658_944,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen3-235B-A22B": 235_093_634_560,
 }
+# Of which so many see a token.
+ACTIVE = {"Qwen1.5-MoE-A2.7B": 2_689_173_504, "Qwen2-57B-A14B": 14_249_270_784}
 VARIANTS = ("-Chat", "-Instruct-1M", "-Instruct-2507", "-Thinking-2507", "-Instruct")
 
 
@@ -58,6 +64,21 @@ def base_of(name: str) -> str:
 @pytest.mark.parametrize("name", zoo.names())
 def test_parameters_are_counted_as_published(name):
     assert zoo.published(name).num_parameters == PARAMETERS[base_of(name)]
+
+
+@pytest.mark.parametrize(("name", "count"), ACTIVE.items())
+def test_active_parameters_are_counted_as_published(name, count):
+    assert zoo.published(name).num_active_parameters == count
+
+
+@pytest.mark.parametrize(("name", "billions"), [("Qwen3-30B-A3B", 3.35), ("Qwen3-235B-A22B", 22.2)])
+def test_active_parameters_round_to_what_is_published(name, billions):
+    assert zoo.published(name).num_active_parameters / 1e9 == pytest.approx(billions, abs=0.05)
+
+
+def test_a_dense_model_is_all_active():
+    config = zoo.published("Qwen2.5-7B")
+    assert config.num_active_parameters == config.num_parameters
 
 
 def test_every_size_and_variant_is_there():

@@ -29,7 +29,8 @@ def _next(value: int, step: int) -> int:
 
 def tensor_sizes(model: ModelConfig) -> list[int]:
     """The sizes that the mesh axis `tensor` may have for a model."""
-    split, kv = math.gcd(model.num_heads, model.mlp_width, model.vocab_size), model.num_kv_heads
+    inner = (model.moe.expert_width, model.moe.shared_width) if model.moe else (model.mlp_width,)
+    split, kv = math.gcd(model.num_heads, *inner, model.vocab_size), model.num_kv_heads
     return [size for size in range(1, split + 1) if split % size == 0 and (kv % size == 0 or size % kv == 0)]
 
 
@@ -48,7 +49,22 @@ class Zoo:
 
 @dataclass(frozen=True, kw_only=True)
 class LM:
-    """Next-token prediction on documents."""
+    """Next-token prediction on documents. What is added to the loss is for mixtures of experts alone.
+
+    Attributes:
+      balance: times how unevenly the router spreads tokens over experts, top_k if evenly.
+      balance_over: what it is to be even over: all tokens of a micro-batch, on all devices, or each row of it.
+      z: times the mean squared log-sum-exp of the router's logits.
+    """
+
+    balance: float = 0.0
+    balance_over: Literal["batch", "sequence"] = "batch"
+    z: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, "balance", "z")
+        if self.balance_over != "batch" and not self.balance:
+            raise ConfigError(f"balance_over={self.balance_over!r} does nothing with balance=0.0; set both or neither")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +117,7 @@ class Mesh:
     """How many ways each mesh axis splits the run; the product is the number of devices (see docs/sharding.md).
 
     data, fsdp and expert split the rows of a batch, context its columns, tensor the heads and the vocabulary; fsdp
-    also splits every weight.
+    also splits every weight, and expert the experts.
     """
 
     data: int = 1
@@ -249,6 +265,7 @@ class TrainConfig:
                 f"model.param_dtype={model.param_dtype!r} would lose most updates to rounding; train with "
                 f"'float32' and set model.dtype='bfloat16' for bfloat16 matmuls"
             )
+        self._check_experts()
         can_be = ", ".join(map(str, tensor_sizes(model)))
         for name in ("num_heads", "mlp_width", "vocab_size"):
             if getattr(model, name) % mesh.tensor:
@@ -263,6 +280,29 @@ class TrainConfig:
             )
         if model.width % mesh.fsdp:
             raise ConfigError(f"model.width={model.width} must be a multiple of mesh.fsdp={mesh.fsdp}")
+
+    def _check_experts(self) -> None:
+        moe, mesh = self.model_config.moe, self.mesh
+        if moe is None:
+            for name in ("balance", "z"):
+                if getattr(self.objective, name):
+                    raise ConfigError(f"objective.{name} is for a mixture of experts, and the model is dense")
+            return
+        if bool(moe.shared_width) == self.model_config.qk_norm:
+            raise ConfigError(
+                f"model.moe.shared_width={moe.shared_width} with model.qk_norm={self.model_config.qk_norm} is of no "
+                f"published architecture, and no checkpoint of it could be opened: a mixture of experts has either"
+            )
+        if moe.num_experts % mesh.expert:
+            raise ConfigError(
+                f"model.moe.num_experts={moe.num_experts} must be a multiple of mesh.expert={mesh.expert}"
+            )
+        for name in ("expert_width", "shared_width"):
+            if getattr(moe, name) % mesh.tensor:
+                raise ConfigError(
+                    f"model.moe.{name}={getattr(moe, name)} must be a multiple of mesh.tensor={mesh.tensor}; "
+                    f"it can be {', '.join(map(str, tensor_sizes(self.model_config)))}"
+                )
 
     @functools.cached_property
     def model_config(self) -> ModelConfig:

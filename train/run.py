@@ -188,10 +188,12 @@ def check_corpus(corpus: Corpus, config: TrainConfig, checkpoint: Checkpoint | N
 def describe(config: TrainConfig, mesh: Mesh, step: int, report: Report) -> None:
     """Reports what is about to run, in a few lines."""
     model = config.model_config
+    active = f" ({model.num_active_parameters:,} active)" if model.moe else ""
     report.fact(
         "model",
-        f"{model.num_parameters:,} parameters: {model.num_layers} layers of width {model.width}, {model.num_heads} "
-        f"heads ({model.num_kv_heads} for keys and values), vocabulary {model.vocab_size:,}, {model.dtype}",
+        f"{model.num_parameters:,} parameters{active}: {model.num_layers} layers of width {model.width}, "
+        f"{model.num_heads} heads ({model.num_kv_heads} for keys and values), vocabulary {model.vocab_size:,}, "
+        f"{model.dtype}",
     )
     device = mesh.devices.flat[0]
     split = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)

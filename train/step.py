@@ -98,19 +98,19 @@ def make_train_step(
     Every array of the batch is [accumulation, rows, ...]. The loss is the sum over all micro-batches divided by the
     sum of their weights, and so is its gradient: the number of micro-batches changes memory, not the step.
 
-    The scalars are `loss` (nats per token), `grad_norm` (before clipping), `learning_rate` and `weight` (tokens that
-    count); all of the loss at the parameters before the step.
+    The scalars are `loss` (nats per token), whatever else the objective measures, `grad_norm` (before clipping),
+    `learning_rate` and `weight` (tokens that count); all of the loss at the parameters before the step.
     """
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        (total, sums), gradient = _accumulate(jax.value_and_grad(objective, has_aux=True), state.params, batch)
+        (_, sums), gradient = _accumulate(jax.value_and_grad(objective, has_aux=True), state.params, batch)
         weight = jnp.maximum(sums["weight"], 1)  # a batch without a single target has loss 0, not 0 / 0
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         direction, moments = optimizer.update(gradient, state.optimizer, state.params)
         rate = learning_rate(state.step)
         params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
         metrics = {
-            "loss": total / weight,
+            **{name: value / weight for name, value in sums.items() if name != "weight"},
             "grad_norm": optax.tree.norm(gradient),
             "learning_rate": rate,
             "weight": sums["weight"],
@@ -124,8 +124,8 @@ def make_eval_step(objective: Objective) -> Callable[[model.Params, Batch], tupl
     """The compiled evaluation of a batch shaped as in training: sum of the loss, and sum of the weights."""
 
     def eval_step(params: model.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        total, sums = _accumulate(objective, params, batch)
-        return total, sums["weight"]
+        _, sums = _accumulate(objective, params, batch)
+        return sums["loss"], sums["weight"]
 
     return jax.jit(eval_step)
 

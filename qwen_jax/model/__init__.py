@@ -1,13 +1,24 @@
 """The model: the only folder that imports flax.
 
 B batch, T query, S key, D width, N heads, K kv heads, G = N / K, H head dim, F mlp, E experts, V vocabulary, L layers,
-C labels of a score.
+C labels of a score or of a router.
 """
 
 from qwen_jax.model.cache import Cache, LayerCache, make_cache
 from qwen_jax.model.heads import scores
 from qwen_jax.model.layout import stack_layers, unstack_layers
-from qwen_jax.model.transformer import Params, Qwen, Remat, abstract, forward, head, hidden_states, init, logits
+from qwen_jax.model.transformer import (
+    Params,
+    Qwen,
+    Remat,
+    abstract,
+    forward,
+    forward_with_load,
+    head,
+    hidden_states,
+    init,
+    logits,
+)
 
 __all__ = [
     # Parameters
@@ -20,6 +31,7 @@ __all__ = [
     "Qwen",
     "Remat",
     "forward",
+    "forward_with_load",
     "hidden_states",
     "head",
     "logits",

@@ -13,13 +13,18 @@ from qwen_jax.model.attention import Attention
 from qwen_jax.model.cache import LayerCache
 from qwen_jax.model.layers import RMSNorm
 from qwen_jax.model.mlp import MLP
+from qwen_jax.model.moe import MoE
 from qwen_jax.ops.attention import Implementation
 from qwen_jax.ops.mask import Mask
 from qwen_jax.ops.rope import Rotation
+from qwen_jax.ops.router import Load
 
 
 class Block(nn.Module):
-    """`a = x + Attention(norm(x)); a + MLP(norm(a))`. `window` is this layer's, and travels beside its parameters."""
+    """`a = x + Attention(norm(x)); a + MLP(norm(a))`, or a mixture of experts in place of the MLP.
+
+    `window` is this layer's, and travels beside its parameters.
+    """
 
     config: ModelConfig
     implementation: Implementation
@@ -32,10 +37,14 @@ class Block(nn.Module):
         cache: LayerCache | None,
         rotation: Rotation,
         mask: Mask,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, Load | None]]:
         eps, dtype = self.config.norm_eps, jnp.dtype(self.config.param_dtype)
         mask = dataclasses.replace(mask, window=window)
         attend = Attention(self.config, self.implementation, name="attention")
         y, cache = attend(RMSNorm(eps, dtype, name="attention_norm")(x), rotation, mask, cache)
         x = x + y
-        return x + MLP(self.config, name="mlp")(RMSNorm(eps, dtype, name="mlp_norm")(x)), cache
+        y = RMSNorm(eps, dtype, name="mlp_norm")(x)
+        if self.config.moe:
+            y, load = MoE(self.config, self.config.moe, name="mlp")(y, mask.query_segments)
+            return x + y, (cache, load)
+        return x + MLP(self.config, self.config.mlp_width, name="mlp")(y), (cache, None)

@@ -12,14 +12,15 @@ from qwen_jax.model.layers import Linear
 
 
 class MLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))` (SwiGLU, Shazeer 2020)."""
+    """`down(silu(gate(x)) * up(x))` (SwiGLU, Shazeer 2020), `width` being its inner size."""
 
     config: ModelConfig
+    width: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c, dtype = self.config, jnp.dtype(self.config.param_dtype)
-        gate = Linear("btd,fd->btf", (c.mlp_width, c.width), dtype, name="gate")(x)
-        up = Linear("btd,fd->btf", (c.mlp_width, c.width), dtype, name="up")(x)
-        down = Linear("btf,df->btd", (c.width, c.mlp_width), dtype, scale=0.5 / c.num_layers, name="down")
+        gate = Linear("btd,fd->btf", (self.width, c.width), dtype, name="gate")(x)
+        up = Linear("btd,fd->btf", (self.width, c.width), dtype, name="up")(x)
+        down = Linear("btf,df->btd", (c.width, self.width), dtype, scale=0.5 / c.num_layers, name="down")
         return down(jax.nn.silu(gate) * up)

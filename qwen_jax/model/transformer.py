@@ -22,6 +22,7 @@ from qwen_jax.ops.embedding import embed
 from qwen_jax.ops.linear import product
 from qwen_jax.ops.mask import Mask
 from qwen_jax.ops.rope import rotation
+from qwen_jax.ops.router import Load
 
 Params = Mapping[str, Any]
 Remat = Literal["none", "dots", "full"]
@@ -53,7 +54,7 @@ class Qwen(nn.Module):
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Load | None]:
         c = self.config
         dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
         x = embed(tokens, Table((c.vocab_size, c.width), param_dtype, name="embed")(), dtype=dtype)
@@ -73,22 +74,24 @@ class Qwen(nn.Module):
                 in_axes=cast(Any, (0 if c.windows else nn.broadcast, *[nn.broadcast] * 3)),
                 length=c.num_layers,
             )
-            x, _ = layers(c, self.attention, name="layers")(x, _windows(c), None, turn, mask)
+            x, (_, load) = layers(c, self.attention, name="layers")(x, _windows(c), None, turn, mask)
         else:
-            filled = []
+            filled, loads = [], []
             for i in range(c.num_layers):
                 window = jnp.int32(c.windows[i]) if c.windows and c.windows[i] else None
                 layer = None if cache is None else cache.layers[i]
-                x, layer = block(c, self.attention, name=f"layers_{i}")(x, window, layer, turn, mask)
+                x, (layer, load) = block(c, self.attention, name=f"layers_{i}")(x, window, layer, turn, mask)
                 filled.append(layer)
+                loads.append(load)
             cache = None if cache is None else dataclasses.replace(cache, layers=tuple(filled))
+            load = jax.tree.map(lambda *each: jnp.stack(each), *loads)
         x = RMSNorm(c.norm_eps, param_dtype, name="final_norm")(x)
         if c.score:
             # Only makes the parameters: the compiler leaves out a result that nothing reads.
             ScoreHead(c.score, param_dtype, name="score")(x)
         elif not c.tie_embeddings:
             Table((c.vocab_size, c.width), param_dtype, name="head")()
-        return x, cache
+        return x, cache, load
 
 
 def _split(*arrays: Array | None) -> list[Array | None]:
@@ -195,8 +198,31 @@ def forward(
     if scan and cache is not None:
         raise ValueError("decoding takes parameters of one entry per layer: call unstack_layers(params) once before")
     arrays = _split(tokens, positions, segments)
-    out = Qwen(config, scan, remat, attention, balanced).apply({"params": params}, *arrays, cache)
-    return cast(tuple[Array, Cache | None], out)
+    hidden, cache, _ = _apply(Qwen(config, scan, remat, attention, balanced), params, *arrays, cache)
+    return hidden, cache
+
+
+def forward_with_load(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    remat: Remat = "none",
+    attention: Implementation = "auto",
+    balanced: bool = False,
+) -> tuple[Float[Array, "B T D"], Load]:
+    """`forward` of a mixture of experts, without a cache, and the load of its routers, layers first."""
+    module = Qwen(config, "layers" in params, remat, attention, balanced)
+    hidden, _, load = _apply(module, params, *_split(tokens, positions, segments))
+    if load is None:
+        raise ValueError("forward_with_load() takes a mixture of experts, and this config has moe=None")
+    return hidden, load
+
+
+def _apply(module: Qwen, params: Params, *arguments: Any) -> tuple[Array, Cache | None, Load | None]:
+    return cast(Any, module.apply({"params": params}, *arguments))
 
 
 def hidden_states(
@@ -209,7 +235,7 @@ def hidden_states(
       params: one entry per layer.
     """
     of_blocks = lambda module, method: isinstance(module, Block)
-    (last, _), state = Qwen(config, scan=False).apply(
+    (last, *_), state = Qwen(config, scan=False).apply(
         {"params": params}, *_split(tokens, positions), capture_intermediates=of_blocks, mutable=["intermediates"]
     )
     layers = cast(Any, state)["intermediates"]

@@ -1,7 +1,8 @@
 """One table between the tensors of published checkpoints and the arrays of this library.
 
 Both keep a weight outputs first, so a published tensor is one or more of our arrays on top of each other, each with
-its outputs made one axis and its inputs another. The table says which; read backwards it is the way out.
+its outputs made one axis and its inputs another; layers and experts, which are stacked here, are tensors of their own
+there. The table says which; read backwards it is the way out.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Literal
 from qwen_jax.config import ModelConfig, QwenNTK, Score
 from qwen_jax.errors import ModelError
 
-ModelType = Literal["qwen", "qwen2", "qwen3"]
+ModelType = Literal["qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"]
 Shape = tuple[int, ...]
 
 # Buffers that old files carry and every reader computes anew.
@@ -25,16 +26,16 @@ IGNORED = ("*rotary_emb.inv_freq", "*logn_tensor", "*attn.masked_bias")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """One array of ours, in one layer.
+    """One array of ours, or one layer of it, or one expert in one layer.
 
     Attributes:
       path: in the stacked tree, such as "layers/attention/q/w".
-      layer: index into the stack; None outside the layers.
-      shape: without the layers' axis.
+      stack: indices into its first axes: none, (layer,) or (layer, expert).
+      shape: without those axes.
     """
 
     path: str
-    layer: int | None
+    stack: tuple[int, ...]
     shape: Shape
 
 
@@ -56,6 +57,8 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Names:
+    """Where a layer's name has "*", there is one tensor for each expert."""
+
     embed: str
     layers: str
     layer: tuple[tuple[str, tuple[str, ...]], ...]
@@ -93,12 +96,26 @@ _QWEN2_AND_3 = _Names(
         ("mlp.gate_proj.weight", ("mlp/gate/w",)),
         ("mlp.up_proj.weight", ("mlp/up/w",)),
         ("mlp.down_proj.weight", ("mlp/down/w",)),
+        ("mlp.gate.weight", ("mlp/router/w",)),
+        ("mlp.experts.*.gate_proj.weight", ("mlp/experts/gate/w",)),
+        ("mlp.experts.*.up_proj.weight", ("mlp/experts/up/w",)),
+        ("mlp.experts.*.down_proj.weight", ("mlp/experts/down/w",)),
+        ("mlp.shared_expert.gate_proj.weight", ("mlp/shared/gate/w",)),
+        ("mlp.shared_expert.up_proj.weight", ("mlp/shared/up/w",)),
+        ("mlp.shared_expert.down_proj.weight", ("mlp/shared/down/w",)),
+        ("mlp.shared_expert_gate.weight", ("mlp/shared_gate/w",)),
         ("input_layernorm.weight", ("attention_norm/scale",)),
         ("post_attention_layernorm.weight", ("mlp_norm/scale",)),
     ),
     final_norm="model.norm.weight",
 )
-_NAMES: Mapping[ModelType, _Names] = {"qwen": _QWEN, "qwen2": _QWEN2_AND_3, "qwen3": _QWEN2_AND_3}
+_NAMES: Mapping[ModelType, _Names] = {
+    "qwen": _QWEN,
+    "qwen2": _QWEN2_AND_3,
+    "qwen2_moe": _QWEN2_AND_3,
+    "qwen3": _QWEN2_AND_3,
+    "qwen3_moe": _QWEN2_AND_3,
+}
 _HEAD = "lm_head.weight"
 _PLAIN_SCORE = {"score.weight": "score/output/w"}
 _HIDDEN_SCORE = {
@@ -117,13 +134,16 @@ _MISSING_HINTS = {
 _UNKNOWN_HINTS = {
     "*.qweight": "these weights are quantised, which is not read: take the unquantised model",
     "*.qzeros": "these weights are quantised, which is not read: take the unquantised model",
-    "*mlp.experts.*": "this is a mixture of experts, which is not read",
+    "*mlp.experts.gate_up_proj": "experts are read one by one, as they are published, and these are joined",
+    "*mlp.experts.[0-9]*": "this is a mixture of experts: is model_type right?",
     "*.lora_[AB].*": "this is an adapter: merge it into its model first",
 }
 
 
 def model_type_of(config: ModelConfig) -> ModelType:
     """The newest architecture name that `config` fits."""
+    if config.moe:
+        return "qwen3_moe" if config.qk_norm else "qwen2_moe"
     if config.logn or isinstance(config.rope.scaling, QwenNTK):
         return "qwen"
     return "qwen3" if config.qk_norm else "qwen2"
@@ -133,7 +153,8 @@ def check_model_type(config: ModelConfig, model_type: ModelType) -> None:
     """Raises ModelError where the architecture of that name cannot compute what `config` says."""
     if model_type not in list(_NAMES):
         raise ModelError(f"model_type is {model_type!r}, and known are {', '.join(_NAMES)}")
-    wanted = {"qkv_bias": model_type != "qwen3", "qk_norm": model_type == "qwen3"}
+    is_qwen3 = model_type.startswith("qwen3")
+    wanted = {"qkv_bias": not is_qwen3, "qk_norm": is_qwen3}
     if model_type == "qwen":
         wanted |= {"num_kv_heads": config.num_heads, "width": config.num_heads * config.head_dim}
         wanted |= {"windows": (), "score": None}
@@ -145,6 +166,14 @@ def check_model_type(config: ModelConfig, model_type: ModelType) -> None:
     scaling = config.rope.scaling
     if scaling is not None and isinstance(scaling, QwenNTK) != (model_type == "qwen"):
         raise ModelError(f"model_type {model_type!r} has no rope scaling of the kind {type(scaling).__name__}")
+    if model_type.endswith("_moe") != (config.moe is not None):
+        kinds = ["a dense model", "a mixture of experts"]
+        raise ModelError(
+            f"model_type {model_type!r} is that of {kinds[config.moe is None]}, and this is the other kind"
+        )
+    if config.moe and bool(config.moe.shared_width) == is_qwen3:
+        has = "no shared expert" if is_qwen3 else "a shared expert"
+        raise ModelError(f"model_type {model_type!r} has {has}, and this model shared_width={config.moe.shared_width}")
 
 
 def table(config: ModelConfig, model_type: ModelType) -> tuple[Tensor, ...]:
@@ -158,9 +187,7 @@ def table(config: ModelConfig, model_type: ModelType) -> tuple[Tensor, ...]:
     vectors = ((config.vocab_size,), (config.width,))
     tensors = [_tensor(names.embed, {"embed/w": vectors})]
     for i in range(config.num_layers):
-        for name, paths in names.layer:
-            if arrays.keys() >= set(paths):
-                tensors.append(_tensor(names.layers.format(i) + name, {path: arrays[path] for path in paths}, i))
+        tensors.extend(_layer_tensors(names, arrays, config.moe.num_experts if config.moe else 0, i))
     tensors.append(_tensor(names.final_norm, {"final_norm/scale": width}))
     if config.score:
         tensors.extend(_score_tensors(config.score, config.width))
@@ -197,6 +224,16 @@ def match(tensors: Sequence[Tensor], shapes: Mapping[str, Shape], *, where: str)
 _Sides = tuple[Shape, Shape]
 
 
+def _layer_tensors(names: _Names, arrays: Mapping[str, _Sides], num_experts: int, layer: int) -> Iterator[Tensor]:
+    """Experts one after the other, each with all its tensors."""
+    prefix, found = names.layers.format(layer), [each for each in names.layer if arrays.keys() >= set(each[1])]
+    for of_experts, group in itertools.groupby(found, lambda each: "*" in each[0]):
+        group = [(name, {path: arrays[path] for path in paths}) for name, paths in group]
+        for stack in [(layer, e) for e in range(num_experts)] if of_experts else [(layer,)]:
+            for name, sides in group:
+                yield _tensor(prefix + name.replace("*", str(stack[-1])), sides, stack)
+
+
 def _layer_arrays(config: ModelConfig) -> dict[str, _Sides]:
     width, mlp, head = (config.width,), (config.mlp_width,), (config.head_dim,)
     heads, kv_heads = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
@@ -208,7 +245,17 @@ def _layer_arrays(config: ModelConfig) -> dict[str, _Sides]:
     arrays["attention/o/w"] = (width, heads)
     if config.qk_norm:
         arrays |= {"attention/q_norm/scale": (head, ()), "attention/k_norm/scale": (head, ())}
-    return arrays | {"mlp/gate/w": (mlp, width), "mlp/up/w": (mlp, width), "mlp/down/w": (width, mlp)}
+    if config.moe is None:
+        return arrays | _mlp_arrays("mlp", width, mlp)
+    arrays |= {"mlp/router/w": ((config.moe.num_experts,), width)}
+    arrays |= _mlp_arrays("mlp/experts", width, (config.moe.expert_width,))
+    if config.moe.shared_width:
+        arrays |= _mlp_arrays("mlp/shared", width, (config.moe.shared_width,)) | {"mlp/shared_gate/w": ((1,), width)}
+    return arrays
+
+
+def _mlp_arrays(path: str, width: Shape, inner: Shape) -> dict[str, _Sides]:
+    return {f"{path}/gate/w": (inner, width), f"{path}/up/w": (inner, width), f"{path}/down/w": (width, inner)}
 
 
 def _score_tensors(score: Score, width: int) -> Iterator[Tensor]:
@@ -218,9 +265,9 @@ def _score_tensors(score: Score, width: int) -> Iterator[Tensor]:
         yield _tensor(name, {path: (outputs[module], (width,) if kind == "w" else ())})
 
 
-def _tensor(name: str, arrays: Mapping[str, _Sides], layer: int | None = None) -> Tensor:
-    prefix = "" if layer is None else "layers/"
-    parts = tuple(Part(path=prefix + path, layer=layer, shape=outs + ins) for path, (outs, ins) in arrays.items())
+def _tensor(name: str, arrays: Mapping[str, _Sides], stack: tuple[int, ...] = ()) -> Tensor:
+    prefix = "layers/" if stack else ""
+    parts = tuple(Part(path=prefix + path, stack=stack, shape=outs + ins) for path, (outs, ins) in arrays.items())
     rows = sum(math.prod(outs) for outs, _ in arrays.values())
     _, inputs = next(iter(arrays.values()))
     return Tensor(name=name, shape=(rows, math.prod(inputs)) if inputs else (rows,), parts=parts)

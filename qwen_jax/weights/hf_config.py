@@ -11,13 +11,15 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-from qwen_jax.config import DType, ModelConfig, QwenNTK, Rope, Scaling, Score
+from qwen_jax.config import DType, ModelConfig, Moe, QwenNTK, Rope, Scaling, Score
 from qwen_jax.errors import ConfigError, ModelError
 from qwen_jax.weights.fields import MAX_POSITION, Fields
 from qwen_jax.weights.hf import ModelType, check_model_type
 from qwen_jax.weights.hf_rope import length_of, read_rope, scaling_fields, served
 
-_MAX_LAYERS = 1000  # far above every published model, as the limits of other sizes
+# Far above every published model, as the limits of other sizes.
+_MAX_LAYERS = 1000
+_MAX_EXPERTS = 10**5  # in all layers
 
 # Which fields of the file say what ours say. They go when ours change, and stay as they were written otherwise.
 _FIELDS = [
@@ -33,6 +35,11 @@ _FIELDS = [
             "num_hidden_layers n_layer use_sliding_window sliding_window max_window_layers layer_types",
         ),
         ("mlp_width", "intermediate_size ffn_hidden_size"),
+        (
+            "moe",
+            "num_experts num_local_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size "
+            "norm_topk_prob decoder_sparse_step mlp_only_layers",
+        ),
         ("max_position rope.scaling", "max_position_embeddings n_positions seq_length dual_chunk_attention_config"),
         ("norm_eps", "rms_norm_eps layer_norm_epsilon"),
         (
@@ -47,8 +54,9 @@ _FIELDS = [
 ]
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-# Architectures; those with a score are prefixed with Qwen2 or Qwen3.
-_CAUSAL = {"qwen": "QWenLMHeadModel", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# Architectures begin with the name of a family; those of Qwen1 have no score.
+_FAMILY = {"qwen": "QWen", "qwen2": "Qwen2", "qwen2_moe": "Qwen2Moe", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
+_CAUSAL = {kind: family + ("LMHeadModel" if kind == "qwen" else "ForCausalLM") for kind, family in _FAMILY.items()}
 _PLAIN_SCORE = "ForSequenceClassification"
 _HIDDEN_SCORES = {"ForRewardModel": 1, "ForProcessRewardModel": 2}  # and how many labels they have
 
@@ -66,9 +74,10 @@ _FIXED = {
     "apply_residual_connection_post_layernorm": False,
     "use_mrope": False,
 }
+# Likewise in mixtures of experts, every layer of which is one.
+_FIXED_MOE = {"decoder_sparse_step": 1, "mlp_only_layers": [], "qkv_bias": True}
 _REFUSED = {
     "quantization_config": "quantised weights are not read: take the unquantised model",
-    "num_experts": "mixtures of experts are not read",
     "visual": "only models of text are read",
     "vision_config": "only models of text are read",
 }
@@ -97,7 +106,8 @@ def from_hf(values: Mapping[str, Any], *, where: str) -> ModelConfig:
     for name, reason in _REFUSED.items():
         if values.get(name):
             raise ModelError(f"{where}: it has a {name}, and {reason}")
-    for name, wanted in _FIXED.items():
+    fixed = _FIXED | (_FIXED_MOE if model_type.endswith("_moe") else {})
+    for name, wanted in fixed.items():
         if values.get(name) not in (None, wanted):
             raise fields.refusal(name, f"only {wanted!r} is read")
     for name, value in values.items():
@@ -138,10 +148,10 @@ def to_hf(config: ModelConfig, model_type: ModelType, *, keep: Mapping[str, Any]
 
 def _model_type(fields: Fields) -> ModelType:
     value = fields.values[fields.name_of("model_type")]
-    if value in ("qwen2_moe", "qwen3_moe"):
-        raise fields.refusal("model_type", "mixtures of experts are not read")
-    if value not in ("qwen", "qwen2", "qwen3"):
-        raise fields.refusal("model_type", "'qwen', 'qwen2' or 'qwen3' is wanted")
+    if value not in list(_FAMILY):
+        raise fields.refusal("model_type", f"{', '.join(map(repr, _FAMILY))} are read")
+    if not value.endswith("_moe") and fields.values.get("num_experts"):
+        raise fields.refusal("num_experts", f"model_type {value!r} is that of a dense model")
     return cast(ModelType, value)
 
 
@@ -178,7 +188,7 @@ def _qwen1(fields: Fields) -> ModelConfig:
 
 def _qwen2_or_3(fields: Fields, model_type: ModelType) -> ModelConfig:
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    if model_type == "qwen3" or fields.has("head_dim"):
+    if model_type.startswith("qwen3") or fields.has("head_dim"):
         head_dim = fields.integer("head_dim")
     elif width % heads:
         raise fields.refusal("num_attention_heads", f"hidden_size {width} is not a multiple of it")
@@ -186,6 +196,7 @@ def _qwen2_or_3(fields: Fields, model_type: ModelType) -> ModelConfig:
         head_dim = width // heads
     num_layers = fields.integer("num_hidden_layers", high=_MAX_LAYERS)
     rope = read_rope(fields)
+    moe = _moe(fields, model_type, num_layers)
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         width=width,
@@ -193,15 +204,29 @@ def _qwen2_or_3(fields: Fields, model_type: ModelType) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=fields.integer("num_key_value_heads"),
         head_dim=head_dim,
-        mlp_width=fields.integer("intermediate_size"),
+        mlp_width=0 if moe else fields.integer("intermediate_size"),
         max_position=_max_position(fields, rope.scaling),
         norm_eps=fields.number("rms_norm_eps"),
-        qkv_bias=model_type == "qwen2",
-        qk_norm=model_type == "qwen3",
+        qkv_bias=model_type.startswith("qwen2"),
+        qk_norm=model_type.startswith("qwen3"),
         tie_embeddings=fields.flag("tie_word_embeddings"),
         rope=rope,
         windows=_windows(fields, num_layers),
+        moe=moe,
         **_head_and_dtype(fields, model_type),
+    )
+
+
+def _moe(fields: Fields, model_type: ModelType, num_layers: int) -> Moe | None:
+    if not model_type.endswith("_moe"):
+        return None
+    # transformers 5 calls them local in Qwen3, though there are no others.
+    return Moe(
+        num_experts=fields.integer("num_experts", "num_local_experts", high=_MAX_EXPERTS // num_layers),
+        top_k=fields.integer("num_experts_per_tok"),
+        expert_width=fields.integer("moe_intermediate_size"),
+        shared_width=fields.integer("shared_expert_intermediate_size") if model_type == "qwen2_moe" else 0,
+        normalize_top_k=fields.flag("norm_topk_prob"),
     )
 
 
@@ -254,7 +279,7 @@ def _head_and_dtype(fields: Fields, model_type: ModelType) -> dict[str, Any]:
 def _score(fields: Fields, model_type: ModelType) -> Score | None:
     if not fields.has("architectures"):
         return None
-    names, prefix, known = fields.values["architectures"], model_type.capitalize(), [_CAUSAL[model_type]]
+    names, prefix, known = fields.values["architectures"], _FAMILY[model_type], [_CAUSAL[model_type]]
     if model_type != "qwen":
         known += [prefix + kind for kind in (_PLAIN_SCORE, *_HIDDEN_SCORES)]
     if not isinstance(names, list) or len(names) != 1 or names[0] not in known:
@@ -297,16 +322,31 @@ def _qwen1_fields(config: ModelConfig) -> dict[str, Any]:
 def _qwen2_or_3_fields(config: ModelConfig, model_type: ModelType) -> dict[str, Any]:
     return {
         **_common_fields(config, model_type),
-        **({"attention_bias": False} if model_type == "qwen3" else {}),
+        **({"attention_bias": False} if model_type.startswith("qwen3") else {}),
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "intermediate_size": config.mlp_width,
+        **_mlp_fields(config),
         "max_position_embeddings": length_of(config),
         "num_key_value_heads": config.num_kv_heads,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope.theta,
         **scaling_fields(config.rope.scaling),
         **_window_fields(config.windows),
+    }
+
+
+def _mlp_fields(config: ModelConfig) -> dict[str, Any]:
+    if (moe := config.moe) is None:
+        return {"intermediate_size": config.mlp_width}
+    return {
+        "decoder_sparse_step": 1,
+        "intermediate_size": moe.top_k * moe.expert_width,  # as in most published files; nothing has that size
+        "mlp_only_layers": [],
+        "moe_intermediate_size": moe.expert_width,
+        "norm_topk_prob": moe.normalize_top_k,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        **({"shared_expert_intermediate_size": moe.shared_width} if moe.shared_width else {}),
     }
 
 
@@ -327,7 +367,7 @@ def _common_fields(config: ModelConfig, model_type: ModelType) -> dict[str, Any]
 def _head_fields(score: Score | None, model_type: ModelType) -> dict[str, Any]:
     if score is None:
         return {"architectures": [_CAUSAL[model_type]]}
-    prefix = model_type.capitalize()
+    prefix = _FAMILY[model_type]
     if not score.hidden:
         labels = {f"LABEL_{i}": i for i in range(score.labels)}
         names = {str(i): label for label, i in labels.items()}

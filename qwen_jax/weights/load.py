@@ -46,23 +46,24 @@ def load_params(model: PublishedFolder | NativeCheckpoint, *, dtype: DType, stac
 
 def _reader(model: PublishedFolder) -> Callable[[str, tuple[int, ...], tuple[slice, ...]], np.ndarray]:
     """What reads a slice of one of our arrays, stacked or of one layer, from the published tensors it is made of."""
-    found: dict[tuple[str, int | None], tuple[hf.Tensor, hf.Part, slice]] = {}
+    found: dict[tuple[str, tuple[int, ...]], tuple[hf.Tensor, hf.Part, slice]] = {}
     for tensor in model.table:
         for part, rows in zip(tensor.parts, tensor.rows, strict=True):
-            found[part.path, part.layer] = (tensor, part, rows)
+            found[part.path, part.stack] = (tensor, part, rows)
 
-    def one(path: str, layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
-        tensor, part, rows = found[path, layer]
+    def gather(path: str, stack: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        """The slice of an array below the indices `stack`, of which there may be more to come."""
+        if (path, stack) not in found:
+            return np.stack([gather(path, (*stack, i), index[1:]) for i in range(index[0].start, index[0].stop)])
+        tensor, part, rows = found[path, stack]
         values = model.files.read(tensor.name, _published(part, rows, index))
         return values.reshape([s.stop - s.start for s in index])
 
     def read(path: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True))
         if single := re.match(r"layers_(\d+)/", path):
-            return one(f"layers/{path[single.end() :]}", int(single[1]), index)
-        if not path.startswith("layers/"):
-            return one(path, None, index)
-        return np.stack([one(path, layer, index[1:]) for layer in range(index[0].start, index[0].stop)])
+            return gather(f"layers/{path[single.end() :]}", (int(single[1]),), index)
+        return gather(path, (), index)
 
     return read
 

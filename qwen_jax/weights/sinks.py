@@ -110,17 +110,16 @@ class NativeSink:
     ) -> None:
         self._folder, self._meta, self._files = folder, dict(meta), dict(files)
         self._dtype = np.dtype(config.param_dtype)
-        self._shapes = stacked_shapes(table, config.num_layers)
+        self._shapes = stacked_shapes(table)
         arrays = {}
         for part in {part.path: part for tensor in table for part in tensor.parts}.values():
             rows = (piece_rows(part.shape, self._dtype.itemsize), *part.shape[1:])
-            chunk = rows if part.layer is None else (1, *rows)
-            arrays[part.path] = (self._shapes[part.path], self._dtype, chunk)
+            arrays[part.path] = (self._shapes[part.path], self._dtype, (*(1 for _ in part.stack), *rows))
         self._arrays = ArrayWriter(folder, "params", arrays)
 
     def write(self, piece: Piece, values: np.ndarray) -> None:
-        layer = () if piece.part.layer is None else (1,)
-        self._arrays.write(piece.part.path, piece.index, values.reshape(layer + piece.shape))
+        stack = tuple(1 for _ in piece.part.stack)
+        self._arrays.write(piece.part.path, piece.index, values.reshape(stack + piece.shape))
 
     def __enter__(self) -> Self:
         return self

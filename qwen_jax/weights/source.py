@@ -51,7 +51,7 @@ _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Rows of a published tensor that are `start:stop` of the first axis of one of our arrays, within its layer."""
+    """Rows of a published tensor that are `start:stop` of the first axis of one of our arrays, within its stack."""
 
     tensor: hf.Tensor
     part: hf.Part
@@ -61,14 +61,13 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """In our layout, without a layer axis."""
+        """In our layout, without the axes of a stack."""
         return (self.stop - self.start, *self.part.shape[1:])
 
     @property
     def index(self) -> tuple[slice, ...]:
-        """Of our array; of the stacked one where it has a layer."""
-        here = slice(self.start, self.stop)
-        return (here,) if self.part.layer is None else (slice(self.part.layer, self.part.layer + 1), here)
+        """Of our array, with its stack."""
+        return (*(slice(i, i + 1) for i in self.part.stack), slice(self.start, self.stop))
 
 
 def pieces(tensor: hf.Tensor, itemsize: int) -> Iterator[Piece]:
@@ -86,10 +85,11 @@ def piece_rows(shape: Sequence[int], itemsize: int) -> int:
     return max(1, min(shape[0], PIECE_BYTES // max(1, itemsize * math.prod(shape[1:]))))
 
 
-def stacked_shapes(table: Sequence[hf.Tensor], num_layers: int) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of each of our arrays that these tensors are made of, its layers stacked."""
-    parts = [part for tensor in table for part in tensor.parts]
-    return {part.path: part.shape if part.layer is None else (num_layers, *part.shape) for part in parts}
+def stacked_shapes(table: Sequence[hf.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of each of our arrays that these tensors are made of, its layers and experts stacked."""
+    # The last part of an array has the highest indices.
+    last = {part.path: part for tensor in table for part in tensor.parts}
+    return {path: (*(i + 1 for i in part.stack), *part.shape) for path, part in last.items()}
 
 
 class Model(abc.ABC):
@@ -223,7 +223,7 @@ class NativeCheckpoint(Model):
         self.table = hf.table(self.config, self.model_type)
         if self.layout is not None:
             _check_layout(self.layout, self.table, self.path / manifest.FILE_NAME)
-        shapes = stacked_shapes(self.table, self.config.num_layers)
+        shapes = stacked_shapes(self.table)
         self._arrays = StoredArrays(checkpoint.path, "params", shapes, np.dtype(self.config.param_dtype))
 
     def dtype(self, tensor: hf.Tensor) -> np.dtype:

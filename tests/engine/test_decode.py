@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import model, sharding
+from qwen_jax.config import Moe
 from qwen_jax.engine import Sampling, decode
 from qwen_jax.errors import ConfigError, NumericalError
 from tests.conftest import tiny_config
@@ -148,6 +149,13 @@ def test_penalty_counts_prompt_and_completion(engine):
 def test_tokens_beyond_the_tokenizer_are_never_made():
     made = tokens_of(make_engine(num_tokens=3), PROMPTS[:1], GREEDY)
     assert set(made[0]) <= {0, 1, 2}
+
+
+def test_a_mixture_of_experts_makes_the_same_tokens_on_a_mesh():
+    moe = Moe(num_experts=4, top_k=2, expert_width=12, shared_width=16, normalize_top_k=True)
+    alone = make_engine(mlp_width=0, moe=moe)
+    spread = make_engine(sharding.make_mesh(expert=2, tensor=2, devices=jax.devices()[:4]), mlp_width=0, moe=moe)
+    assert tokens_of(spread, PROMPTS, GREEDY) == tokens_of(alone, PROMPTS, GREEDY)
 
 
 def test_a_mesh_of_several_devices_makes_the_same_tokens(engine):

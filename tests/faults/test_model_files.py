@@ -244,7 +244,7 @@ def test_a_pickle_beside_safetensors_is_not_opened(tmp_path):
     zero=(fields("config.json", num_key_value_heads=0), "num_key_value_heads is 0"),
     too_many_layers=(fields("config.json", num_hidden_layers=10**9), "a whole number from 1 to 1000"),
     too_many_tokens=(fields("config.json", vocab_size=10**12), "vocab_size is 1000000000000"),
-    other_family=(fields("config.json", model_type="llama"), "'qwen', 'qwen2' or 'qwen3' is wanted"),
+    other_family=(fields("config.json", model_type="llama"), "'qwen2', 'qwen2_moe', 'qwen3', 'qwen3_moe' are read"),
     no_family=(fields("config.json", model_type={"a": [1]}), "model_type is"),
     escapes=(fields("config.json", hidden_act="\x1b[2J\n"), r"hidden_act is '\x1b[2J\n'"),
     unknown=(fields("config.json", attention_sink="\n"), "attention_sink"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import model, sharding
-from qwen_jax.config import DynamicNTK, QwenNTK, Rope, Score, Yarn
+from qwen_jax.config import DynamicNTK, Moe, QwenNTK, Rope, Score, Yarn
 from qwen_jax.ops.loss import chunked_cross_entropy
 from tests.conftest import tiny_config
 
@@ -22,6 +22,9 @@ YARN = Rope(
     theta=12345.0,
     scaling=Yarn(factor=4.0, original_positions=6, beta_fast=0.5, beta_slow=0.01, attention_factor=1.3),
 )
+
+MOE = dict(mlp_width=0, moe=Moe(num_experts=6, top_k=3, expert_width=8, shared_width=0, normalize_top_k=True))
+SHARED = dict(mlp_width=0, moe=Moe(num_experts=8, top_k=3, expert_width=16, shared_width=24, normalize_top_k=False))
 
 
 def parameters(config):
@@ -149,6 +152,63 @@ def test_loss_and_gradient_norm_are_the_same_on_every_mesh(tied):
         np.testing.assert_allclose(loss_and_norm(config, sizes), expected, rtol=1e-5, err_msg=str(sizes))
 
 
+def test_a_mixture_of_experts_is_the_same_on_every_mesh():
+    config = tiny_config(**SHARED, width=64, vocab_size=128, num_layers=1)
+    expected = loss_and_norm(config, {})
+    for sizes in (dict(expert=2, tensor=2), dict(fsdp=2, expert=2, context=2)):
+        np.testing.assert_allclose(loss_and_norm(config, sizes), expected, rtol=1e-5, err_msg=str(sizes))
+
+
+@pytest.mark.parametrize("scan, remat", [(True, "dots"), (False, "full")])
+def test_the_load_of_each_layer(mesh, scan, remat):
+    config = tiny_config(**MOE, num_layers=2)
+    params = parameters(config) if scan else model.unstack_layers(parameters(config))
+    tokens, segments = ids(2, 8), np.array([[1] * 8, [1] * 5 + [0] * 3], np.int32)
+    positions = np.tile(np.arange(8, dtype=np.int32), (2, 1))
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            hidden, load = model.forward_with_load(config, params, tokens, positions, segments=segments, remat=remat)
+            return (load.probabilities[..., 0] ** 2).sum() + load.squares.sum(), (hidden, load)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (_, (hidden, load)), gradient = run(params)
+    np.testing.assert_allclose(hidden, hidden_states(config, params, tokens, segments=segments)[0], **ROUNDING)
+    assert load.counts.shape == load.probabilities.shape == (2, 2, 6) and load.squares.shape == (2, 2)
+    np.testing.assert_allclose(load.counts.sum(-1), [[8 * 3, 5 * 3]] * 2)
+    np.testing.assert_allclose(load.probabilities.sum(-1), [[8, 5]] * 2, rtol=1e-5)
+    gradient = gradient if scan else model.stack_layers(gradient)
+    assert (np.abs(gradient["layers"]["mlp"]["router"]["w"]).sum((1, 2)) > 0).all()
+
+
+def test_a_dense_model_has_no_load(mesh):
+    config = tiny_config(num_layers=1)
+    with pytest.raises(ValueError, match="takes a mixture of experts"):
+        model.forward_with_load(config, parameters(config), ids(1, 4), ids(1, 4))
+
+
+def test_each_field_of_the_experts_changes_the_output(mesh):
+    base = tiny_config(**SHARED, num_layers=1)
+    params, tokens = parameters(base), ids(1, 8)
+    expected = hidden_states(base, params, tokens)[0]
+    shapes = lambda config: jax.tree.map(lambda x: x.shape, model.abstract(config))
+    for changes in (dict(top_k=2), dict(normalize_top_k=True)):
+        changed = dataclasses.replace(base, moe=dataclasses.replace(base.moe, **changes))
+        assert not np.array_equal(hidden_states(changed, params, tokens)[0], expected), changes
+    for changes in (dict(num_experts=9), dict(expert_width=8), dict(shared_width=0)):
+        changed = dataclasses.replace(base, moe=dataclasses.replace(base.moe, **changes))
+        assert shapes(changed) != shapes(base), changes
+
+
+def test_experts_start_like_one_mlp(mesh):
+    params = jax.jit(model.init, static_argnums=0)(tiny_config(**SHARED, num_layers=2), jax.random.key(7))
+    experts = params["layers"]["mlp"]["experts"]
+    std = [experts[name]["w"].std() for name in ("gate", "down")]
+    np.testing.assert_allclose(std, [32**-0.5, (16 * 4) ** -0.5], rtol=0.05)
+
+
 def test_parameters_start_the_same_on_every_mesh():
     config = tiny_config(num_layers=2)
     start = jax.jit(lambda key: model.init(config, key))
@@ -175,7 +235,9 @@ def test_remat_changes_no_gradient(mesh, remat, scan):
     )
 
 
-@pytest.mark.parametrize("changes", [{}, dict(windows=(0, 3, 5)), dict(qk_norm=True, qkv_bias=False, num_kv_heads=4)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(windows=(0, 3, 5)), dict(qk_norm=True, qkv_bias=False, num_kv_heads=4), SHARED]
+)
 def test_decoding_step_by_step_equals_one_full_pass(mesh, changes):
     config = tiny_config(**changes)
     params = model.unstack_layers(parameters(config))
@@ -204,7 +266,7 @@ def test_layers_unstack_and_stack_to_the_same_tree(mesh):
 
 
 def test_parameter_count_is_the_configs():
-    for changes in ({}, dict(tie_embeddings=False), dict(qk_norm=True, qkv_bias=False)):
+    for changes in ({}, dict(tie_embeddings=False), dict(qk_norm=True, qkv_bias=False), MOE, SHARED):
         config = tiny_config(**changes)
         with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
             leaves = jax.tree.leaves(model.abstract(config))
@@ -224,11 +286,13 @@ def test_every_field_of_the_config_changes_the_output(mesh):
     other_tree = dict(
         vocab_size=97, width=48, num_layers=2, num_heads=8, num_kv_heads=1, head_dim=6, mlp_width=8,
         qkv_bias=False, qk_norm=True, tie_embeddings=False, param_dtype="bfloat16", score=Score(labels=2, hidden=False),
+        moe=MOE["moe"],
     )  # fmt: skip
     shapes = lambda config: jax.tree.map(lambda x: (x.shape, x.dtype), model.abstract(config))
     for name, value in other_tree.items():
-        windows = (0,) * (value if name == "num_layers" else 3)
-        assert shapes(dataclasses.replace(base, **{name: value, "windows": windows})) != shapes(base), name
+        changes = {name: value, "windows": (0,) * (value if name == "num_layers" else 3)}
+        changes |= {"mlp_width": 0} if name == "moe" else {}
+        assert shapes(dataclasses.replace(base, **changes)) != shapes(base), name
     covered = {*same_tree, *other_tree}
     # How far a prompt may reach is a limit the callers keep; it is no part of the function.
     assert covered | {"max_position"} == {field.name for field in dataclasses.fields(base)}

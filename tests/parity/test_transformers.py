@@ -5,9 +5,13 @@ Tiny random models with every field at an unusual value; weights go through file
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
+from qwen_jax import model
+from qwen_jax.config import Moe
+from qwen_jax.ops.router import balance_loss, z_loss
 from qwen_jax.weights import hf
 from qwen_jax.weights.convert import convert
 from qwen_jax.weights.load import load_params
@@ -34,6 +38,7 @@ COMMON = dict(
     intermediate_size=44, rms_norm_eps=3e-5, rope_theta=12345.0, max_position_embeddings=64, initializer_range=0.2,
     attn_implementation="eager",
 )  # fmt: skip
+EXPERTS = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20, num_hidden_layers=2)
 MODELS = {
     "qwen2 tied": ("Qwen2", dict(tie_word_embeddings=True)),
     "qwen2 untied": ("Qwen2", dict(tie_word_embeddings=False, num_key_value_heads=1)),
@@ -44,6 +49,8 @@ MODELS = {
     ),
     "qwen3": ("Qwen3", dict(tie_word_embeddings=False)),
     "qwen3 tied": ("Qwen3", dict(tie_word_embeddings=True, num_key_value_heads=4)),
+    "qwen2 experts": ("Qwen2Moe", EXPERTS | dict(norm_topk_prob=False, shared_expert_intermediate_size=36)),
+    "qwen3 experts": ("Qwen3Moe", EXPERTS | dict(norm_topk_prob=True)),
 }
 
 
@@ -62,6 +69,23 @@ def published(request, tmp_path):
     return tmp_path / "published", net.eval()
 
 
+def separate(tensors):
+    """Tensors of a model in memory under the names they have in files: experts one by one."""
+    named = {}
+    for name, tensor in tensors.items():
+        stem, _, kind = name.partition(".experts.")
+        if not kind:
+            named[name] = tensor.numpy()
+        for i, matrix in enumerate(tensor if kind else []):
+            parts = (
+                zip(["gate_proj", "up_proj"], matrix.chunk(2), strict=True)
+                if kind == "gate_up_proj"
+                else [(kind, matrix)]
+            )
+            named |= {f"{stem}.experts.{i}.{part}.weight": rows.numpy() for part, rows in parts}
+    return named
+
+
 def tokens_of(config, length=17):
     return np.random.default_rng(0).integers(0, config.vocab_size, (2, length))
 
@@ -74,8 +98,26 @@ def test_logits_loss_and_gradients(mesh, published):
     expected = net(torch.tensor(ids), labels=torch.tensor(ids))
     expected.loss.backward()
     outputs = (expected.loss.detach(), expected.logits.detach())
-    gradients = tree_of(opened.config, opened.table, {name: p.grad.numpy() for name, p in net.named_parameters()})
+    gradients = tree_of(opened.config, opened.table, separate({name: p.grad for name, p in net.named_parameters()}))
     assert_close(loss_and_gradients(opened.config, params, ids.astype(np.int32)), (outputs, gradients))
+
+
+@pytest.mark.parametrize("published", ["qwen2 experts", "qwen3 experts"], indirect=True)
+def test_the_loss_of_the_router(mesh, published):
+    folder, net = published
+    opened = open_model(folder)
+    ids, real = tokens_of(opened.config), np.ones((2, 17), np.int64)
+    real[1, 11:] = 0  # on the right, where nothing that is not padding sees it
+    net.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = net(torch.tensor(ids), attention_mask=torch.tensor(real), output_router_logits=True)
+    positions = np.broadcast_to(np.arange(17, dtype=np.int32), ids.shape)
+    params = load_params(opened, dtype="float32", stacked=True)
+    run = jax.jit(model.forward_with_load, static_argnums=0)
+    _, load = run(opened.config, params, ids.astype(np.int32), positions, segments=real.astype(np.int32))
+    assert float(balance_loss(load, 3, by_row=False)) == pytest.approx(out.aux_loss.item(), rel=RELATIVE)
+    logits = torch.cat(out.router_logits)[torch.tensor(real).ravel().bool().repeat(opened.config.num_layers)]
+    assert float(z_loss(load, 3)) == pytest.approx((torch.logsumexp(logits, -1) ** 2).mean().item(), rel=RELATIVE)
 
 
 def test_decoding_with_a_cache(mesh, published):
@@ -101,16 +143,20 @@ def test_export_opens_in_transformers_bit_for_bit(published, tmp_path):
         assert torch.equal(again(ids).logits, net(ids).logits)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"])
 def test_a_config_made_here_opens_in_transformers(kind, tmp_path):
     """Without a published config.json to go by: a model that was trained here."""
-    config = tiny_config(vocab_size=260, tie_embeddings=False, qk_norm=kind == "qwen3", qkv_bias=kind == "qwen2")
+    qwen3, experts = kind.startswith("qwen3"), {}
+    if kind.endswith("_moe"):
+        moe = Moe(num_experts=3, top_k=2, expert_width=12, shared_width=0 if qwen3 else 20, normalize_top_k=qwen3)
+        experts = dict(mlp_width=0, moe=moe)
+    config = tiny_config(vocab_size=260, tie_embeddings=False, qk_norm=qwen3, qkv_bias=not qwen3, **experts)
     tensors = publish(tmp_path / "published", config, hf.model_type_of(config))
     net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "published")
     assert net.config.model_type == kind
     assert net.config.rope_parameters["rope_theta"] == config.rope.theta
-    for name, parameter in net.named_parameters():
-        np.testing.assert_array_equal(parameter.detach().float(), tensors[name])
+    for name, parameter in separate({name: p.detach().float() for name, p in net.named_parameters()}).items():
+        np.testing.assert_array_equal(parameter, tensors[name])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "published")
     assert tokenizer.encode("the <|im_end|>") == tiny_tokenizer().encode_trusted("the <|im_end|>")
 
@@ -121,7 +167,7 @@ def test_the_command_compares_layer_by_layer(published, tmp_path, capsys):
     assert verify([str(tmp_path / "native"), str(folder), "--forward"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("equal: ") and [line[:12].strip() for line in lines[1:]] == [
-        "layer 0", "layer 1", "final norm", "logits",
+        *(f"layer {i}" for i in range(net.config.num_hidden_layers - 1)), "final norm", "logits",
     ]  # fmt: skip
     for line in lines[1:]:
         difference, largest = (float(line.split()[i]) for i in (-3, -1))

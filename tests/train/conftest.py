@@ -12,9 +12,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from qwen_jax import sharding
-from qwen_jax.config import ModelConfig, Rope
+from qwen_jax.config import ModelConfig, Moe, Rope
 from train import run as run_module
-from train.config import AdamW, Checkpointing, Cosine, Evaluation, TrainConfig
+from train.config import LM, AdamW, Checkpointing, Cosine, Evaluation, TrainConfig
 from train.data.config import Data, Text, TrainBPE
 from train.record import METRICS
 
@@ -80,6 +80,14 @@ def config(tmp_path, corpus) -> TrainConfig:
         checkpoint=Checkpointing(every=2),
         evaluation=Evaluation(every=3),
     )
+
+
+@pytest.fixture
+def mixture(config) -> TrainConfig:
+    """The same run of a mixture of experts, with both losses of its router."""
+    moe = Moe(num_experts=4, top_k=2, expert_width=8, shared_width=12, normalize_top_k=False)
+    model = dataclasses.replace(config.model, mlp_width=0, moe=moe)
+    return dataclasses.replace(config, model=model, objective=LM(balance=0.02, z=0.003))
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from qwen_jax import bindings
 from qwen_jax.config import DynamicNTK, QwenNTK, Rope, Yarn
 from qwen_jax.errors import ConfigError
-from train.config import TrainConfig
+from train.config import LM, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -37,11 +39,43 @@ from train.config import TrainConfig
         ("checkpoint.keep", 0, "keep=0 must be at least 1"),
         ("model.param_dtype", "bfloat16", "would lose most updates to rounding"),
         ("run_dir", "", "run_dir is empty"),
+        ("objective", LM(balance=0.1), "objective.balance is for a mixture of experts, and the model is dense"),
+        ("objective", LM(z=0.1), "objective.z is for a mixture of experts, and the model is dense"),
     ],
 )
 def test_refused(config, change, path, value, sentence):
     with pytest.raises(ConfigError, match=sentence):
         change(config, path, value)
+
+
+@pytest.mark.parametrize(
+    "values, sentence",
+    [
+        (dict(balance=-1.0), "balance=-1.0 must be at least 0"),
+        (dict(balance_over="sequence"), "balance_over='sequence' does nothing with balance=0.0"),
+    ],
+)
+def test_refused_of_the_router(values, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        LM(**values)
+
+
+@pytest.mark.parametrize(
+    "path, value, sentence",
+    [
+        ("mesh.expert", 4, "model.moe.num_experts=6 must be a multiple of mesh.expert=4"),
+        ("mesh.tensor", 2, "model.moe.shared_width=9 must be a multiple of mesh.tensor=2; it can be 1"),
+    ],
+)
+def test_experts_are_split_evenly(mixture, change, path, value, sentence):
+    moe = dataclasses.replace(mixture.model.moe, num_experts=6, shared_width=9)
+    with pytest.raises(ConfigError, match=sentence):
+        change(change(mixture, "model.moe", moe), path, value)
+
+
+def test_a_mixture_that_could_not_be_opened_is_not_trained(mixture, change):
+    with pytest.raises(ConfigError, match="shared_width=0 with model.qk_norm=False is of no published architecture"):
+        change(mixture, "model.moe.shared_width", 0)
 
 
 def test_micro_batches_and_rows_are_split_together(config, change):
@@ -50,8 +84,9 @@ def test_micro_batches_and_rows_are_split_together(config, change):
         change(fine, "accumulation", 4)
 
 
-def test_rendered_config_reads_back_equal(config, tmp_path):
-    file = tmp_path / "again.gin"
+@pytest.mark.parametrize("kind", ["config", "mixture"])
+def test_rendered_config_reads_back_equal(request, kind, tmp_path):
+    config, file = request.getfixturevalue(kind), tmp_path / "again.gin"
     file.write_text(bindings.render(config, {}))
     assert bindings.resolve(TrainConfig, bindings.read(file))[0] == config
 

@@ -103,6 +103,15 @@ def test_run_goes_on_with_another_mesh(config, change, tmp_path):
         assert there == pytest.approx(here, rel=1e-4)
 
 
+def test_a_mixture_of_experts_trains_on_a_mesh_and_says_how_even_it_is(mixture, change):
+    config = change(change(mixture, "mesh", Mesh(fsdp=2, expert=2)), "layers", "scan")
+    assert run(config) == 0
+    trained = [row for row in record(config) if "loss" in row]
+    assert all(row.keys() >= {"balance", "z", "max_load"} for row in trained)
+    assert all(1 <= row["max_load"] <= 4 / 2 for row in trained)
+    assert trained[-1]["loss"] < trained[0]["loss"]
+
+
 def test_interrupt_saves_and_says_130(config):
     with when_step(2, lambda: os.kill(os.getpid(), signal.SIGINT)):
         assert run(config) == INTERRUPTED

@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 
+from qwen_jax import sharding
 from train import objectives, optim
+from train.config import LM
 from train.step import initial_state, make_train_step
 
 # The same sums in float32 in another order. Gradients are compared by Adam's first moment, a tenth of them: the step
@@ -41,7 +43,7 @@ def one_step(config, *, accumulation=1, unroll=False, weights=None):
     step = make_train_step(objectives.make(config), optimizer, lambda step: jnp.float32(0.01))
     inputs = batch(config, accumulation)
     if weights is not None:
-        inputs["weights"] = inputs["weights"] * np.float32(weights)
+        inputs["weights"] = jnp.full_like(inputs["weights"], weights)
     state, metrics = step(state, inputs)
     return state, {name: float(value) for name, value in metrics.items()}
 
@@ -53,6 +55,40 @@ def test_micro_batches_of_unequal_weight_add_up_to_the_whole(config):
     assert metrics == pytest.approx(expected, rel=LOSS * 10)
     moments = [optax.tree_utils.tree_get(state.optimizer, "mu") for state in (parts, whole)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=LOSS * 10, atol=MOMENT), *moments)
+
+
+def test_losses_of_the_router_are_minimised_and_measured_but_no_part_of_the_loss(mixture):
+    params = initial_state(mixture.model_config, optim.adamw(mixture.optimizer), seed=0, unroll=False).params
+    micro = jax.tree.map(lambda x: x[0], batch(mixture, 1))
+    without = dataclasses.replace(mixture, objective=LM())
+    (total, sums), (plain, same) = (jax.jit(objectives.make(each))(params, micro) for each in (mixture, without))
+    assert float(plain) == float(same["loss"]) == float(sums["loss"])
+    assert float(total - plain) == pytest.approx(float(0.02 * sums["balance"] + 0.003 * sums["z"]), rel=1e-4)
+    weight = float(sums["weight"])
+    assert 2 < sums["balance"] / weight < 2.5 and 1 < sums["max_load"] / weight < 2 and 1 < sums["z"] / weight < 4
+
+
+def test_losses_of_the_router_are_the_same_on_a_mesh(mixture):
+    def run():
+        params = initial_state(mixture.model_config, optim.adamw(mixture.optimizer), seed=0, unroll=False).params
+        micro = jax.tree.map(lambda x: x[0], batch(mixture, 1))
+        return jax.jit(jax.value_and_grad(objectives.make(mixture), has_aux=True))(params, micro)
+
+    alone = jax.device_get(run())
+    with jax.set_mesh(sharding.make_mesh(fsdp=2, expert=2, tensor=2)):
+        spread = jax.device_get(run())
+    # Sums over 36 tokens: what is zero but for rounding is no nearer.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=36e-6), spread, alone)
+
+
+def test_micro_batches_of_a_mixture_add_up(mixture):
+    """The balance over rows does; that over a micro-batch is another for each size of one."""
+    by_row = dataclasses.replace(mixture, objective=LM(balance=0.02, balance_over="sequence", z=0.003))
+    _, expected = one_step(by_row, weights=1.0)
+    assert expected.keys() >= {"loss", "balance", "z", "max_load", "grad_norm"}
+    _, metrics = one_step(by_row, accumulation=4, unroll=True, weights=1.0)
+    assert metrics.pop("max_load") > expected.pop("max_load")  # fewer tokens are less even
+    assert metrics == pytest.approx(expected, rel=LOSS * 10)
 
 
 def test_scanned_and_unrolled_layers_take_the_same_step(config):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import sharding
-from qwen_jax.config import Score
+from qwen_jax.config import Moe, Score
 from qwen_jax.errors import ConfigError, FileError, ModelError
 from qwen_jax.model import abstract, stack_layers
 from qwen_jax.weights import convert as command
@@ -31,6 +31,15 @@ MODELS = {
     "qwen2 tied": ("qwen2", tiny_config(**SHAPE)),
     "qwen2 untied": ("qwen2", tiny_config(**SHAPE, tie_embeddings=False, num_kv_heads=1)),
     "qwen3": ("qwen3", tiny_config(**SHAPE, qk_norm=True, qkv_bias=False)),
+    "qwen2 experts": (
+        "qwen2_moe",
+        tiny_config(
+            **SHAPE,
+            num_layers=2,
+            mlp_width=0,
+            moe=Moe(num_experts=4, top_k=2, expert_width=12, shared_width=20, normalize_top_k=False),
+        ),
+    ),
     "reward": ("qwen2", tiny_config(**SHAPE, score=Score(labels=1, hidden=True))),
     "classifier": ("qwen2", tiny_config(**SHAPE, score=Score(labels=3, hidden=False))),
 }
@@ -75,6 +84,8 @@ def test_a_checkpoint_and_its_published_form_load_equal(published, tmp_path, axe
     native = to("native", folder, tmp_path / "native")
     if config.num_kv_heads == 1 and axes:
         pytest.skip("covered with two kv heads")
+    if config.moe and axes:
+        axes = dict(fsdp=2, expert=2)
     count = 4 if axes else 1
     with jax.set_mesh(sharding.make_mesh(**axes, devices=jax.devices()[:count])):
         ours, theirs = (load_params(open_model(p), dtype="float32", stacked=True) for p in (native, folder))
@@ -84,6 +95,17 @@ def test_a_checkpoint_and_its_published_form_load_equal(published, tmp_path, axe
             jax.tree.map(np.testing.assert_array_equal, ours, other)
         same_split = jax.tree.map(lambda x, like: x.sharding.spec == like.sharding.spec, theirs, wanted)
         assert jax.tree.all(same_split)
+
+
+def test_each_expert_is_where_the_model_looks_for_it(tmp_path, mesh):
+    model_type, config = MODELS["qwen2 experts"]
+    tensors = publish(tmp_path / "published", config, model_type)
+    params = load_params(open_model(tmp_path / "published"), dtype="float32", stacked=True)
+    for ours, theirs in {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}.items():
+        found = params["layers"]["mlp"]["experts"][ours]["w"]
+        for layer, expert in ((0, 3), (1, 0), (1, 2)):
+            name = f"model.layers.{layer}.mlp.experts.{expert}.{theirs}.weight"
+            np.testing.assert_array_equal(found[layer, expert], tensors[name])
 
 
 def test_each_published_tensor_is_where_the_model_looks_for_it(tmp_path, mesh):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import model, zoo
-from qwen_jax.config import Score
+from qwen_jax.config import Moe, Score
 from qwen_jax.errors import ModelError
 from qwen_jax.weights import hf
 from tests.conftest import tiny_config
@@ -20,12 +20,16 @@ CONFIGS = Path(__file__).parents[3] / "shared" / "data" / "hf-configs"
 
 QWEN1 = dict(num_kv_heads=4, head_dim=8, tie_embeddings=False)
 QWEN3 = dict(qkv_bias=False, qk_norm=True)
+MOE = dict(mlp_width=0, moe=Moe(num_experts=3, top_k=2, expert_width=12, shared_width=0, normalize_top_k=True))
+SHARED = dict(mlp_width=0, moe=Moe(num_experts=3, top_k=2, expert_width=12, shared_width=20, normalize_top_k=False))
 MODELS = {
     "qwen": ("qwen", tiny_config(**QWEN1)),
     "qwen2 tied": ("qwen2", tiny_config()),
     "qwen2 untied": ("qwen2", tiny_config(tie_embeddings=False)),
     "qwen3": ("qwen3", tiny_config(**QWEN3)),
     "score": ("qwen2", tiny_config(tie_embeddings=False, score=Score(labels=5, hidden=False))),
+    "qwen2 experts": ("qwen2_moe", tiny_config(**SHARED, num_layers=2)),
+    "qwen3 experts": ("qwen3_moe", tiny_config(**QWEN3, **MOE, num_layers=2)),
     "hidden score": ("qwen3", tiny_config(**QWEN3, score=Score(labels=2, hidden=True))),
 }
 
@@ -45,11 +49,11 @@ def test_every_array_is_in_the_table_once_and_fills_its_rows(mesh, case):
     wanted = {}
     for path, array in jax.tree_util.tree_leaves_with_path(model.abstract(config)):
         name = "/".join(key.key for key in path)
-        stacked = name.startswith("layers/")
-        for layer in range(config.num_layers) if stacked else [None]:
-            wanted[name, layer] = array.shape[1:] if stacked else array.shape
+        axes = name.startswith("layers/") + ("/experts/" in name)
+        for stack in np.ndindex(array.shape[:axes]):
+            wanted[name, stack] = array.shape[axes:]
     parts = [part for tensor in table for part in tensor.parts]
-    assert {(part.path, part.layer): part.shape for part in parts} == wanted
+    assert {(part.path, part.stack): part.shape for part in parts} == wanted
     assert len(parts) == len(wanted)
     assert len(shapes_of(table)) == len(table)
     assert sum(math.prod(tensor.shape) for tensor in table) == config.num_parameters
@@ -65,8 +69,8 @@ def test_qwen1_fuses_query_key_and_value_and_calls_the_gate_w2():
     by_name = {tensor.name: tensor for tensor in hf.table(*MODELS["qwen"][::-1])}
     fused = by_name["transformer.h.2.attn.c_attn.weight"]
     assert fused.shape == (96, 32)
-    assert [(p.path, p.layer, p.shape) for p in fused.parts] == [
-        (f"layers/attention/{name}/w", 2, (4, 8, 32)) for name in "qkv"
+    assert [(p.path, p.stack, p.shape) for p in fused.parts] == [
+        (f"layers/attention/{name}/w", (2,), (4, 8, 32)) for name in "qkv"
     ]
     assert fused.rows == (slice(0, 32), slice(32, 64), slice(64, 96))
     assert by_name["transformer.h.2.attn.c_attn.bias"].rows == fused.rows
@@ -102,6 +106,10 @@ def test_names_and_bytes_of_qwen_72b_are_the_published_ones():
         ("qwen", QWEN1 | dict(head_dim=10), "'qwen' has width=40, and this model 32"),
         ("qwen", QWEN1 | dict(windows=(0, 0, 4)), "'qwen' has windows=()"),
         ("qwen", QWEN1 | dict(score=Score(labels=1, hidden=False)), "'qwen' has score=None"),
+        ("qwen2", SHARED, "'qwen2' is that of a dense model, and this is the other kind"),
+        ("qwen2_moe", {}, "'qwen2_moe' is that of a mixture of experts, and this is the other kind"),
+        ("qwen2_moe", MOE, "'qwen2_moe' has a shared expert, and this model shared_width=0"),
+        ("qwen3_moe", QWEN3 | SHARED, "'qwen3_moe' has no shared expert, and this model shared_width=20"),
     ],
 )
 def test_an_architecture_that_cannot_hold_the_model_is_refused(model_type, changes, message):
@@ -113,6 +121,8 @@ def test_an_architecture_that_cannot_hold_the_model_is_refused(model_type, chang
 def test_the_newest_architecture_is_chosen():
     assert hf.model_type_of(tiny_config(**QWEN3)) == "qwen3"
     assert hf.model_type_of(tiny_config(**QWEN1)) == "qwen2"
+    assert hf.model_type_of(tiny_config(**QWEN3, **MOE)) == "qwen3_moe"
+    assert hf.model_type_of(tiny_config(**SHARED)) == "qwen2_moe"
 
 
 def test_weights_of_the_table_match_it_with_old_buffers_beside_them(case):
@@ -138,7 +148,7 @@ def test_each_tensor_is_missed_and_its_shape_checked(case):
             ModelError, match=rf"^x: .*; wrong shape: {name} \[.*\] for \[{', '.join(map(str, shape))}\]$"
         ):
             hf.match(table, shapes | {name: (*shape, 1)}, where="x")
-        with pytest.raises(ModelError, match=rf"^x: .*; not known: {name}s$"):
+        with pytest.raises(ModelError, match=rf"^x: .*; not known: {name}s(; |$)"):
             hf.match(table, shapes | {name + "s": shape}, where="x")
 
 
@@ -189,6 +199,7 @@ def test_weights_of_another_model_come_with_a_hint(given, wanted, hint):
         ("model.layers.0.mlp.up_proj.qweight", "quantised"),
         ("model.layers.0.mlp.up_proj.qzeros", "quantised"),
         ("model.layers.0.mlp.experts.3.up_proj.weight", "mixture of experts"),
+        ("model.layers.0.mlp.experts.gate_up_proj", "experts are read one by one"),
         ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "adapter"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_jax import zoo
-from qwen_jax.config import DynamicNTK, Linear, ModelConfig, QwenNTK, Rope, Score, Yarn
+from qwen_jax.config import DynamicNTK, Linear, ModelConfig, Moe, QwenNTK, Rope, Score, Yarn
 from qwen_jax.errors import ModelError
 from qwen_jax.weights import hf, hf_config
 from tests.conftest import tiny_config
@@ -80,7 +80,38 @@ QWEN3 = QWEN2 | {
     "head_dim": 10,
     "model_type": "qwen3",
 }
-FILES = {"qwen": QWEN1, "qwen old": QWEN1_OLD, "qwen2": QWEN2, "qwen3": QWEN3}
+EXPERTS = {
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 12,
+    "norm_topk_prob": True,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "router_aux_loss_coef": 0.001,
+}
+QWEN2_MOE = (
+    QWEN2
+    | EXPERTS
+    | {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "norm_topk_prob": False,
+        "qkv_bias": True,
+        "shared_expert_intermediate_size": 20,
+    }
+)
+QWEN3_MOE = QWEN3 | EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+# As transformers 5 writes it.
+QWEN3_LOCAL = {"num_local_experts" if name == "num_experts" else name: value for name, value in QWEN3_MOE.items()}
+FILES = {
+    "qwen": QWEN1,
+    "qwen old": QWEN1_OLD,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3 local": QWEN3_LOCAL,
+}
 
 BFLOAT16 = dict(param_dtype="bfloat16", dtype="bfloat16")
 MODELS = {
@@ -97,6 +128,11 @@ MODELS = {
     "qwen3": tiny_config(qkv_bias=False, qk_norm=True, **BFLOAT16),
 }
 MODELS["qwen old"] = MODELS["qwen"]
+_MOE = Moe(num_experts=6, top_k=3, expert_width=12, shared_width=0, normalize_top_k=True)
+MODELS["qwen2_moe"] = dataclasses.replace(
+    MODELS["qwen2"], mlp_width=0, moe=dataclasses.replace(_MOE, shared_width=20, normalize_top_k=False)
+)
+MODELS["qwen3_moe"] = MODELS["qwen3 local"] = dataclasses.replace(MODELS["qwen3"], mlp_width=0, moe=_MOE)
 
 
 def read(values) -> ModelConfig:
@@ -319,10 +355,21 @@ BAD = [
     ("qwen", {"padded_vocab_size": 128}, "padded_vocab_size is 128; it must equal vocab_size, 96"),
     ("qwen", {"rope_theta": 10000}, "rope_theta is 10000; it must equal rotary_emb_base, 12345"),
     # Another architecture.
-    ("qwen2", {"model_type": "llama"}, "model_type is 'llama'; 'qwen', 'qwen2' or 'qwen3'"),
+    ("qwen2", {"model_type": "llama"}, "model_type is 'llama'; 'qwen', 'qwen2', 'qwen2_moe', 'qwen3', 'qwen3_moe' are"),
     ("qwen2", {"model_type": ["qwen2"]}, r"model_type is \['qwen2'\]"),
-    ("qwen2", {"model_type": "qwen2_moe"}, "mixtures of experts are not read"),
-    ("qwen3", {"num_experts": 128}, "it has a num_experts, and mixtures of experts are not read"),
+    ("qwen2", {"model_type": "qwen2_moe"}, "num_experts or num_local_experts is missing"),
+    ("qwen3", {"num_experts": 128}, "num_experts is 128; model_type 'qwen3' is that of a dense model"),
+    # Mixtures of experts.
+    *[("qwen2_moe", {name: None}, f"{name} is missing") for name in (
+        "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob",
+    )],
+    ("qwen3_moe", {"num_experts_per_tok": 7}, "top_k=7 must not exceed num_experts=6"),
+    ("qwen3_moe", {"num_local_experts": 7}, "num_local_experts is 7; it must equal num_experts, 6"),
+    ("qwen3_moe", {"num_experts": 10**6}, "num_experts is 1000000; a whole number from 1 to 33333"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1 is read"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; only \[\] is read"),
+    ("qwen2_moe", {"qkv_bias": False}, "qkv_bias is False; only True is read"),
+    ("qwen2_moe", {"architectures": ["Qwen2ForCausalLM"]}, "one name is wanted: Qwen2MoeForCausalLM"),
     ("qwen", {"visual": {"width": 1}}, "only models of text are read"),
     ("qwen2", {"quantization_config": {"bits": 4}}, "it has a quantization_config, and quantised weights"),
     ("qwen2", {"architectures": ["Qwen2ForTokenClassification"]}, "architectures is .*Qwen2ForCausalLM, Qwen2ForSeq"),
@@ -467,6 +514,8 @@ def test_a_change_is_written_and_the_rest_of_the_file_is_kept(kind):
     original = FILES[kind] | {"eos_token_id": [7, 8], "something_else": {"a": [1]}}
     model_type = original["model_type"]
     for changes in CHANGES + (QWEN1_ONLY if model_type == "qwen" else NOT_QWEN1):
+        if MODELS[kind].moe and "mlp_width" in changes:
+            changes = dict(moe=dataclasses.replace(MODELS[kind].moe, num_experts=7, top_k=2))
         config = dataclasses.replace(MODELS[kind], **changes)
         written = hf_config.to_hf(config, model_type, keep=original)
         assert read(json.loads(json.dumps(written))) == config, changes

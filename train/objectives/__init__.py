@@ -1,7 +1,8 @@
 """What a run minimises. The training step and the loop do not know which objective runs.
 
-An objective is a pure function of parameters and one micro-batch that returns two sums, never means, so that
-micro-batches of any size add up: the loss, and a dict of float32 scalars whose `weight` is what the loss is divided by.
+An objective is a pure function of parameters and one micro-batch that returns sums, never means, so that micro-batches
+of any size add up: what is minimised, and a dict of float32 scalars, of which `weight` is what all are divided by and
+`loss` is what a model is judged by.
 """
 
 from __future__ import annotations
@@ -23,4 +24,6 @@ def make(config: TrainConfig) -> Objective:
     """The objective that the config chose."""
     match config.objective:
         case LM():
-            return functools.partial(lm.loss, config.model_config, remat=config.remat, attention=config.attention)
+            return functools.partial(
+                lm.loss, config.model_config, config.objective, remat=config.remat, attention=config.attention
+            )

@@ -8,18 +8,42 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.model import Params, Remat, forward, head
+from qwen_jax.model import Params, Remat, forward, forward_with_load, head
 from qwen_jax.ops.attention import Implementation
 from qwen_jax.ops.loss import chunked_cross_entropy
+from qwen_jax.ops.router import balance_loss, max_load, z_loss
+from train.config import LM
 
 
 def loss(
-    config: ModelConfig, params: Params, batch: Mapping[str, jax.Array], *, remat: Remat, attention: Implementation
+    config: ModelConfig,
+    objective: LM,
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    *,
+    remat: Remat,
+    attention: Implementation,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The weighted sum over tokens of -log p(target), in nats, and `weight`, the sum of the weights."""
+    """What is minimised, `loss`, the weighted sum over tokens of -log p(target), in nats, and the weights' `weight`.
+
+    They differ for a mixture of experts, by its router's losses, which are sums as well: means of the micro-batch,
+    over all devices, times its weight. So are `balance`, `z` and `max_load`, the busiest expert's load over the mean.
+    """
     tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
-    hidden, _ = forward(
-        config, params, tokens, positions, segments=segments, remat=remat, attention=attention, balanced=True
-    )
+    how = dict(segments=segments, remat=remat, attention=attention, balanced=True)
+    if config.moe is None:
+        hidden, _ = forward(config, params, tokens, positions, **how)
+    else:
+        hidden, load = forward_with_load(config, params, tokens, positions, **how)
     total = chunked_cross_entropy(hidden, head(params), batch["targets"], batch["weights"])
-    return total, {"weight": jnp.sum(batch["weights"])}
+    sums = {"loss": total, "weight": jnp.sum(batch["weights"])}
+    if config.moe is None:
+        return total, sums
+    by_row = objective.balance_over == "sequence"
+    means = {
+        "balance": balance_loss(load, config.moe.top_k, by_row=by_row),
+        "z": z_loss(load, config.moe.top_k),
+        "max_load": max_load(load),
+    }
+    sums |= {name: mean * sums["weight"] for name, mean in means.items()}
+    return total + objective.balance * sums["balance"] + objective.z * sums["z"], sums

@@ -77,7 +77,8 @@ def _proposals(config: TrainConfig, topology: Topology) -> str:
 
 
 def _valid(config: TrainConfig, topology: Topology) -> Iterator[TrainConfig]:
-    for mesh in _meshes(topology):
+    moe = config.model_config.moe
+    for mesh in _meshes(topology, num_experts=moe.num_experts if moe else 1):
         rows = config.batch_size // mesh.row_shards
         for remat in ("none", "dots", "full"):
             for accumulation in _divisors(rows):
@@ -87,13 +88,15 @@ def _valid(config: TrainConfig, topology: Topology) -> Iterator[TrainConfig]:
                     continue
 
 
-def _meshes(topology: Topology) -> Iterator[Mesh]:
+def _meshes(topology: Topology, *, num_experts: int) -> Iterator[Mesh]:
     each = topology.num_devices // topology.slices
     for data in _divisors(each):
         for fsdp in _divisors(each // data):
             for context in _divisors(each // data // fsdp):
-                tensor = each // data // fsdp // context
-                yield Mesh(data=data * topology.slices, fsdp=fsdp, context=context, tensor=tensor)
+                left = each // data // fsdp // context
+                for expert in _divisors(math.gcd(left, num_experts)):
+                    sizes = dict(fsdp=fsdp, context=context, expert=expert, tensor=left // expert)
+                    yield Mesh(data=data * topology.slices, **sizes)
 
 
 def _divisors(number: int) -> list[int]:

@@ -63,6 +63,9 @@ def of_program(config: TrainConfig, topology: Topology, compiled: Compiled) -> E
     if program.kernels:
         forward = program.kernels["flash_attention_forward"] / program.kernels["flash_attention_backward"]
         compute += _attention(config, topology, forward=forward)
+    # How long the loop over the rows of experts is, the compiler cannot know.
+    experts = _per_device(config, formulas.executed_expert_flops(config.model_config))
+    compute += experts / topology.flops / KERNEL_EFFICIENCY
     seconds = {True: 0.0, False: 0.0}
     for collective in program.collectives:
         seconds[collective.overlapped] += duration(collective, compiled, topology)
@@ -82,7 +85,7 @@ def duration(collective: Collective, compiled: Compiled, topology: Topology) -> 
 def by_formula(config: TrainConfig, topology: Topology) -> Estimate:
     """From formulas alone, to order candidates before any is compiled: what goes along fsdp counts as overlapped."""
     model, mesh, rate = config.model_config, config.mesh, _rates(config, topology)
-    weights = formulas.BF16 * formulas.matmul_parameters(model) / mesh.tensor
+    weights = formulas.BF16 * formulas.used_parameters(config)
     tokens = config.tokens_per_step / (mesh.row_shards * mesh.context)
     passes = formulas.passes(config)
     # Gathered forward and backward, and the gradient scattered, in every micro-batch.
@@ -92,22 +95,25 @@ def by_formula(config: TrainConfig, topology: Topology) -> Estimate:
     tensor = 2 * sums * (mesh.tensor - 1) / mesh.tensor / rate["tensor"]
     kv = tokens * formulas.kv_bytes(model) / min(mesh.tensor, model.num_kv_heads)
     context = passes * kv * (mesh.context - 1) / rate["context"]
-    gradient = formulas.F32 * model.num_parameters / (mesh.fsdp * mesh.tensor)
+    # Tokens go to all devices along `expert`, and sums come back.
+    moved = passes * model.num_layers * tokens * model.width * (formulas.BF16 + formulas.F32) if model.moe else 0
+    expert = moved * (mesh.expert - 1) / rate["expert"]
+    gradient = formulas.F32 * formulas.held_parameters(config)
     data = 2 * gradient * (mesh.data - 1) / mesh.data / rate["data"]
     compute = _per_device(config, formulas.executed_matmul_flops(config)) / topology.flops
     # Only without remat is what the forward kernel gave still there.
     compute += _attention(config, topology, forward=1 if config.remat == "none" else 2)
-    return _estimate(config, topology, compute=compute, overlapped=fsdp, exposed=tensor + context + data)
+    return _estimate(config, topology, compute=compute, overlapped=fsdp, exposed=tensor + context + expert + data)
 
 
 def _estimate(
     config: TrainConfig, topology: Topology, *, compute: float, overlapped: float, exposed: float
 ) -> Estimate:
-    model, mesh = config.model_config, config.mesh
+    model = config.model_config
     # The update reads and writes all of the state; every pass of a micro-batch reads the weights.
     state = 2 * formulas.state_bytes(config)
     passes = formulas.passes(config)
-    weights = config.accumulation * passes * formulas.BF16 * formulas.matmul_parameters(model) / mesh.tensor
+    weights = config.accumulation * passes * formulas.BF16 * formulas.used_parameters(config)
     return Estimate(
         compute=compute,
         hbm=(state + weights) / topology.bandwidth,
@@ -133,7 +139,7 @@ def _per_device(config: TrainConfig, per_token: float) -> float:
 def _rates(config: TrainConfig, topology: Topology) -> dict[str, float]:
     """Bytes per second along each axis of the mesh, if the last axes get the links of the first axes of a slice."""
     left, rates = list(topology.shape), {}
-    for axis in ("tensor", "context", "fsdp", "data"):
+    for axis in ("tensor", "expert", "context", "fsdp", "data"):
         size, spans = getattr(config.mesh, axis), []
         for i, chips in enumerate(left):
             spans.append(math.gcd(size, chips))

@@ -18,11 +18,39 @@ _ATTENTION_BACKWARD = 2.5
 _LOSS_CHUNK = 2 * 128 * 2**20
 
 
-def matmul_parameters(config: ModelConfig) -> int:
-    """Parameters that every token is multiplied with: the matrices of the layers and the output head."""
+def matmul_parameters(config: ModelConfig, *, experts: float | None = None) -> float:
+    """Parameters that every token is multiplied with: the matrices of the layers and the output head.
+
+    Of each layer's experts those that a token is sent to, or so many.
+    """
     attention = 2 * config.width * (config.num_heads + config.num_kv_heads) * config.head_dim
-    layers = config.num_layers * (attention + 3 * config.width * config.mlp_width)
-    return layers + config.vocab_size * config.width
+    mlp = 3 * config.width * config.mlp_width
+    if moe := config.moe:
+        mlp = config.width * (moe.num_experts + 3 * moe.shared_width + (moe.shared_width > 0))
+    layers = config.num_layers * (attention + mlp)
+    return layers + expert_parameters(config, experts) + config.vocab_size * config.width
+
+
+def expert_parameters(config: ModelConfig, experts: float | None = None) -> float:
+    """Parameters, in all layers, of those experts that a token is sent to, or of so many."""
+    if config.moe is None:
+        return 0
+    chosen = config.moe.top_k if experts is None else experts
+    return 3 * config.width * config.moe.expert_width * chosen * config.num_layers
+
+
+def held_parameters(config: TrainConfig) -> float:
+    """Parameters whose state a device keeps."""
+    model, mesh = config.model_config, config.mesh
+    experts = expert_parameters(model, model.moe.num_experts) if model.moe else 0
+    return (model.num_parameters - experts + experts / mesh.expert) / (mesh.fsdp * mesh.tensor)
+
+
+def used_parameters(config: TrainConfig) -> float:
+    """Parameters that a device multiplies with, gathered along fsdp."""
+    model, mesh = config.model_config, config.mesh
+    experts = model.moe.num_experts / mesh.expert if model.moe else None
+    return matmul_parameters(model, experts=experts) / mesh.tensor
 
 
 def attention_flops(config: ModelConfig, length: int) -> float:
@@ -41,9 +69,14 @@ def train_flops(config: ModelConfig, length: int) -> float:
 def executed_matmul_flops(config: TrainConfig) -> float:
     """Operations per token of a step's products with weights, with what its backward pass recomputes."""
     model = config.model_config
-    in_layers = matmul_parameters(model) - model.vocab_size * model.width
-    recomputed = 2 * in_layers if config.remat == "full" else 0
-    return 6 * matmul_parameters(model) + recomputed
+    elsewhere = matmul_parameters(model, experts=0)
+    recomputed = 2 * (elsewhere - model.vocab_size * model.width) if config.remat == "full" else 0
+    return 6 * elsewhere + recomputed + executed_expert_flops(model)
+
+
+def executed_expert_flops(config: ModelConfig) -> float:
+    """Operations per token of a step in experts: they keep none of their three products, and compute two again."""
+    return (6 + 2 * 2 / 3) * expert_parameters(config)
 
 
 def executed_attention_flops(config: TrainConfig, *, forward: float) -> float:
@@ -58,20 +91,24 @@ def passes(config: TrainConfig) -> int:
 
 def state_bytes(config: TrainConfig) -> float:
     """Bytes per device of parameters, moments and gradients."""
-    return STATE * config.model_config.num_parameters / (config.mesh.fsdp * config.mesh.tensor)
+    return STATE * held_parameters(config)
 
 
 def activation_bytes(config: TrainConfig) -> float:
     """Bytes per device that the backward pass finds, and of the weights that are gathered at a time."""
     model, mesh = config.model_config, config.mesh
     heads, kv = model.num_heads * model.head_dim / mesh.tensor, model.num_kv_heads * model.head_dim / mesh.tensor
-    mlp = model.mlp_width / mesh.tensor
+    mlp = (model.moe.shared_width if model.moe else model.mlp_width) / mesh.tensor
     # Products: queries and what attention makes of them, keys and values, gate and up, and both outputs.
     products = 2 * heads + 2 * kv + 2 * mlp + 2 * model.width
     saved = {"full": model.width, "dots": model.width + products, "none": 8 * model.width + 2 * products}
     working = 4 * model.width + 2 * products
     tokens = config.micro_batch_size * config.data.sequence_length / (mesh.row_shards * mesh.context)
     layer = (2 * model.width * (heads + kv) + 3 * model.width * mlp) * (BF16 + F32)
+    if moe := model.moe:
+        layer += 3 * model.width * moe.expert_width / mesh.tensor * moe.num_experts / mesh.expert * (BF16 + F32)
+        # The tokens of all devices along `expert`, their gradient, and the sums of both.
+        layer += mesh.expert * tokens * model.width * 2 * (BF16 + F32)
     # The loss holds the whole output head along fsdp, and its gradient.
     head = model.vocab_size * model.width / mesh.tensor * (BF16 + BF16)
     by_token = tokens * BF16 * (model.num_layers * saved[config.remat] + working)

@@ -85,7 +85,8 @@ def _lines(config: TrainConfig, topology: Topology, compiled: Compiled) -> Itera
     model, rows = config.model_config, config.micro_batch_size / config.mesh.row_shards
     yield label()
     yield ""
-    yield f"model     {model.num_parameters:,} parameters, {config.data.sequence_length:,} tokens per row"
+    active = f", {model.num_active_parameters:,} of them active" if model.moe else ""
+    yield f"model     {model.num_parameters:,} parameters{active}, {config.data.sequence_length:,} tokens per row"
     yield f"chips     {topology.num_chips} x {topology.chip.name} ({topology}), {topology.num_devices} devices"
     yield f"mesh      {mesh_text(config)}"
     micro = f" in {config.accumulation} micro-batches" if config.accumulation > 1 else ""

@@ -71,7 +71,9 @@ def _serving(config: ModelConfig, topology: Topology, tensor: int) -> Serving:
 def _step(config: ModelConfig, topology: Topology, tensor: int, kv: float, rows: int, context: int) -> float:
     """Seconds of a decoding step, at the least: reading weights and cache, or multiplying."""
     matmul = formulas.matmul_parameters(config) / tensor
-    read = (formulas.BF16 * matmul + rows * context * kv) / topology.bandwidth
+    experts = min(config.moe.num_experts, rows * config.moe.top_k) if config.moe else None
+    weights = formulas.BF16 * formulas.matmul_parameters(config, experts=experts) / tensor
+    read = (weights + rows * context * kv) / topology.bandwidth
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * context / tensor
     return max(read, rows * (2 * matmul + attention) / topology.flops)
 

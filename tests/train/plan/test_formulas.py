@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from qwen_jax import zoo
+from train.config import Mesh, Zoo
 from train.plan import formulas
 
 
@@ -47,3 +48,16 @@ def test_recomputation_costs_work_and_saves_memory(planned, change):
 def test_state_is_four_numbers_per_parameter(planned):
     whole = 16 * planned.model_config.num_parameters
     assert formulas.state_bytes(planned) == whole / 256
+
+
+def test_only_active_experts_cost_work_and_all_cost_memory(planned):
+    model = zoo.published("Qwen3-30B-A3B")
+    tables = model.vocab_size * model.width
+    # All but the embedding, norms included, multiply a token.
+    assert formulas.matmul_parameters(model) == pytest.approx(model.num_active_parameters - tables, rel=1e-3)
+    mixture = dataclasses.replace(planned, model=Zoo(name="Qwen3-30B-A3B"))
+    spread = dataclasses.replace(mixture, mesh=Mesh(fsdp=64, expert=4))
+    assert formulas.state_bytes(mixture) == 16 * model.num_parameters / 256
+    rest = model.num_parameters - formulas.expert_parameters(model, 128)
+    assert formulas.state_bytes(spread) == pytest.approx(formulas.state_bytes(mixture) + 16 * rest * (1 / 64 - 1 / 256))
+    assert formulas.used_parameters(spread) < formulas.used_parameters(mixture) / 3
