@@ -163,8 +163,8 @@ def test_a_mixture_of_experts_is_the_same_on_every_mesh():
 def test_the_load_of_each_layer(mesh, scan, remat):
     config = tiny_config(**MOE, num_layers=2)
     params = parameters(config) if scan else model.unstack_layers(parameters(config))
-    tokens, segments = ids(2, 8), np.array([[1] * 8, [1] * 5 + [0] * 3], np.int32)
-    positions = np.tile(np.arange(8, dtype=np.int32), (2, 1))
+    tokens, segments = jnp.asarray(ids(2, 8)), jnp.array([[1] * 8, [1] * 5 + [0] * 3], jnp.int32)
+    positions = jnp.tile(jnp.arange(8, dtype=jnp.int32), (2, 1))
 
     @jax.jit
     def run(params):
@@ -186,7 +186,7 @@ def test_the_load_of_each_layer(mesh, scan, remat):
 def test_a_dense_model_has_no_load(mesh):
     config = tiny_config(num_layers=1)
     with pytest.raises(ValueError, match="takes a mixture of experts"):
-        model.forward_with_load(config, parameters(config), ids(1, 4), ids(1, 4))
+        model.forward_with_load(config, parameters(config), jnp.asarray(ids(1, 4)), jnp.asarray(ids(1, 4)))
 
 
 def test_each_field_of_the_experts_changes_the_output(mesh):
