@@ -79,7 +79,7 @@ def test_no_gradient_flows_from_a_token_to_an_earlier_one(mesh, attention, windo
 
 @pytest.mark.parametrize("attention, scan, changes", [("xla", True, {}), ("reference", False, dict(rope=YARN, logn=3))])
 def test_packed_documents_equal_separate_ones(mesh, attention, scan, changes):
-    config = tiny_config(**changes)
+    config = tiny_config(**changes, num_layers=2)
     params = parameters(config)
     params = params if scan else model.unstack_layers(params)
     lengths = (5, 1, 7)
@@ -225,7 +225,7 @@ def test_parameters_start_the_same_on_every_mesh():
 
 @pytest.mark.parametrize("remat, scan", [("dots", False), ("full", True)])
 def test_remat_changes_no_gradient(mesh, remat, scan):
-    config = tiny_config()
+    config = tiny_config(num_layers=2)
     params = parameters(config) if scan else model.unstack_layers(parameters(config))
     loss = lambda params, remat: jnp.sum(hidden_states(config, params, ids(2, 8), remat=remat)[0] ** 2)
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
@@ -236,11 +236,9 @@ def test_remat_changes_no_gradient(mesh, remat, scan):
     )
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, dict(windows=(0, 3, 5)), dict(qk_norm=True, qkv_bias=False, num_kv_heads=4), SHARED]
-)
+@pytest.mark.parametrize("changes", [dict(windows=(0, 3)), dict(qk_norm=True, qkv_bias=False, num_kv_heads=4), SHARED])
 def test_decoding_step_by_step_equals_one_full_pass(mesh, changes):
-    config = tiny_config(**changes)
+    config = tiny_config(**changes, num_layers=2)
     params = model.unstack_layers(parameters(config))
     tokens = ids(2, 12)
     full = np.asarray(hidden_states(config, params, tokens)[0])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from qwen_jax import sharding
+from qwen_jax.ops import router
 from qwen_jax.ops.moe import apply_experts, dense
-from qwen_jax.ops.router import Load, balance_loss, load, max_load, route, z_loss
+from qwen_jax.ops.router import Load, balance_loss, max_load, route, z_loss
 from tests.published import assert_close
 
 EXPERTS, TOP_K, WIDTH, INNER = 8, 3, 8, 12
@@ -43,6 +44,7 @@ def loss_of(function):
 
 
 fast, slow = loss_of(apply_experts), loss_of(dense)
+load = jax.jit(router.load)
 
 
 @pytest.mark.parametrize("kind", ["any", "the same", "half"])
