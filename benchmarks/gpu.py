@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 
-from side_by_side import Bar, judge, measure, median_seconds, one_side, require
+from side_by_side import Bar, judge, measure, median_seconds, one_side, our_step_seconds, require
 
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B")
 ROWS, LENGTH, STEPS = 4, 2048, 10
@@ -25,47 +25,9 @@ CHIPS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
 
 
 def ours_train(name: str) -> dict[str, float]:
-    """The step that `python -m train` runs."""
-    import jax
-    import numpy as np
+    from train.config import Zoo
 
-    from qwen_jax import sharding
-    from train.config import AdamW, Checkpointing, Cosine, Evaluation, TrainConfig, Zoo
-    from train.data.config import Data, Text, TokenizerFile
-    from train.step import configured, initial_state, unrolled
-
-    config = TrainConfig(
-        run_dir="nothing is written",
-        model=Zoo(name=name),
-        data=Data(source=Text(path="none"), tokenizer=TokenizerFile(path="none"), sequence_length=LENGTH),
-        batch_size=ROWS,
-        steps=100,
-        optimizer=AdamW(peak_lr=1e-4),
-        schedule=Cosine(warmup_steps=10),
-        checkpoint=Checkpointing(every=100),
-        evaluation=Evaluation(every=100),
-    )
-    ids = np.random.default_rng(0).integers(0, config.model_config.vocab_size, (1, ROWS, LENGTH + 1), dtype=np.int32)
-    ones = np.ones((1, ROWS, LENGTH), np.int32)
-    batch = {
-        "tokens": ids[..., :-1],
-        "targets": ids[..., 1:],
-        "positions": np.arange(LENGTH, dtype=np.int32) * ones,
-        "segments": ones,
-        "weights": ones.astype(np.float32),
-    }
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        _, optimizer, train_step = configured(config)
-        state = initial_state(config.model_config, optimizer, seed=0, unroll=unrolled(config, mesh))
-        batch = jax.tree.map(jax.numpy.asarray, batch)
-
-        def step() -> None:
-            nonlocal state
-            state, metrics = train_step(state, batch)
-            metrics["loss"].block_until_ready()
-
-        return {"train": median_seconds(step, times=STEPS, warm_up=3)}
+    return {"train": our_step_seconds(Zoo(name=name), rows=ROWS, length=LENGTH, steps=STEPS, warm_up=3)}
 
 
 def theirs_train(name: str) -> dict[str, float]:

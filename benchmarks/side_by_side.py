@@ -146,3 +146,47 @@ def our_config(*, param_dtype: str, dtype: str):
         param_dtype=param_dtype,
         dtype=dtype,
     )
+
+
+def our_step_seconds(model, *, rows: int, length: int, steps: int, warm_up: int) -> float:
+    """The median duration of the step that `python -m train` runs, on one device."""
+    import jax
+    import numpy as np
+
+    from qwen_jax import sharding
+    from train.config import AdamW, Checkpointing, Cosine, Evaluation, TrainConfig
+    from train.data.config import Data, Text, TokenizerFile
+    from train.step import configured, initial_state, unrolled
+
+    config = TrainConfig(
+        run_dir="nothing is written",
+        model=model,
+        data=Data(source=Text(path="none"), tokenizer=TokenizerFile(path="none"), sequence_length=length),
+        batch_size=rows,
+        steps=100,
+        optimizer=AdamW(peak_lr=1e-4),
+        schedule=Cosine(warmup_steps=10),
+        checkpoint=Checkpointing(every=100),
+        evaluation=Evaluation(every=100),
+    )
+    ids = np.random.default_rng(0).integers(0, config.model_config.vocab_size, (1, rows, length + 1), dtype=np.int32)
+    ones = np.ones((1, rows, length), np.int32)
+    batch = {
+        "tokens": ids[..., :-1],
+        "targets": ids[..., 1:],
+        "positions": np.arange(length, dtype=np.int32) * ones,
+        "segments": ones,
+        "weights": ones.astype(np.float32),
+    }
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        _, optimizer, train_step = configured(config)
+        state = initial_state(config.model_config, optimizer, seed=0, unroll=unrolled(config, mesh))
+        batch = jax.tree.map(jax.numpy.asarray, batch)
+
+        def step() -> None:
+            nonlocal state
+            state, metrics = train_step(state, batch)
+            metrics["loss"].block_until_ready()
+
+        return median_seconds(step, times=steps, warm_up=warm_up)

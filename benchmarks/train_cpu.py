@@ -11,55 +11,24 @@ from __future__ import annotations
 
 import functools
 
-from side_by_side import SHAPE, Bar, compare, median_seconds, one_side, our_config, require, torch_model
+from side_by_side import (
+    SHAPE,
+    Bar,
+    compare,
+    median_seconds,
+    one_side,
+    our_config,
+    our_step_seconds,
+    require,
+    torch_model,
+)
 
 ROWS, LENGTH, STEPS = 2, 512, 4
 
 
 def ours(dtype: str) -> dict[str, float]:
-    """The step that `python -m train` runs."""
-    import jax
-    import numpy as np
-
-    from qwen_jax import sharding
-    from train import objectives, optim
-    from train.config import AdamW, Checkpointing, Cosine, Evaluation, TrainConfig
-    from train.data.config import Data, PythonStdlib, TrainBPE
-    from train.step import initial_state, make_train_step
-
-    config = TrainConfig(
-        run_dir="nothing is written",
-        model=our_config(param_dtype="float32", dtype=dtype),
-        data=Data(source=PythonStdlib(), tokenizer=TrainBPE(vocab_size=SHAPE["vocab_size"]), sequence_length=LENGTH),
-        batch_size=ROWS,
-        steps=100,
-        optimizer=AdamW(peak_lr=1e-4),
-        schedule=Cosine(warmup_steps=10),
-        checkpoint=Checkpointing(every=100),
-        evaluation=Evaluation(every=100),
-    )
-    ids = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (ROWS, LENGTH + 1), dtype=np.int32)
-    ones = np.ones((1, ROWS, LENGTH), np.int32)
-    batch = {
-        "tokens": ids[None, :, :-1],
-        "targets": ids[None, :, 1:],
-        "positions": np.arange(LENGTH, dtype=np.int32) * ones,
-        "segments": ones,
-        "weights": ones.astype(np.float32),
-    }
-    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
-        optimizer = optim.adamw(config.optimizer)
-        state = initial_state(config.model_config, optimizer, seed=0, unroll=True)
-        schedule = optim.cosine(config.schedule, peak=config.optimizer.peak_lr, steps=config.steps)
-        train_step = make_train_step(objectives.make(config), optimizer, schedule)
-        batch = jax.tree.map(jax.numpy.asarray, batch)
-
-        def step() -> None:
-            nonlocal state
-            state, metrics = train_step(state, batch)
-            metrics["loss"].block_until_ready()
-
-        return {"step": median_seconds(step, times=STEPS)}
+    model = our_config(param_dtype="float32", dtype=dtype)
+    return {"step": our_step_seconds(model, rows=ROWS, length=LENGTH, steps=STEPS, warm_up=1)}
 
 
 def theirs(dtype: str, autocast: bool) -> dict[str, float]:
