@@ -236,9 +236,11 @@ def test_remat_changes_no_gradient(mesh, remat, scan):
     )
 
 
-@pytest.mark.parametrize("changes", [dict(windows=(0, 3)), dict(qk_norm=True, qkv_bias=False, num_kv_heads=4), SHARED])
+@pytest.mark.parametrize(
+    "changes", [dict(windows=(0, 3, 5)), dict(qk_norm=True, qkv_bias=False, num_kv_heads=4), SHARED]
+)
 def test_decoding_step_by_step_equals_one_full_pass(mesh, changes):
-    config = tiny_config(**changes, num_layers=2)
+    config = tiny_config(**changes)
     params = model.unstack_layers(parameters(config))
     tokens = ids(2, 12)
     full = np.asarray(hidden_states(config, params, tokens)[0])
