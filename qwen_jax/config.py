@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qwen_jax.errors import ConfigError, ModelError
 
@@ -109,7 +109,7 @@ def _check_original_positions(positions: int) -> None:
 
 
 Scaling = Linear | DynamicNTK | QwenNTK | Yarn
-_KINDS = {kind.__name__: kind for kind in (Linear, DynamicNTK, QwenNTK, Yarn)}
+_KINDS = {kind.__name__: kind for kind in get_args(Scaling)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

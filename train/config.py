@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen_jax import zoo
-from qwen_jax.config import DType, DynamicNTK, ModelConfig, QwenNTK
+from qwen_jax.config import DType, ModelConfig
 from qwen_jax.errors import ConfigError
 from train.data.config import Data
 
@@ -250,7 +250,7 @@ class TrainConfig:
         if length > model.max_position:
             raise ConfigError(f"data.sequence_length={length} must not exceed model.max_position={model.max_position}")
         scaling = model.rope.scaling
-        if isinstance(scaling, DynamicNTK | QwenNTK) and length > scaling.original_positions:
+        if model.rope.by_length and length > scaling.original_positions:
             raise ConfigError(
                 f"data.sequence_length={length} must not exceed model.rope.scaling.original_positions="
                 f"{scaling.original_positions}: past it {type(scaling).__name__} goes by the longest document of a "

@@ -237,7 +237,7 @@ def test_remat_changes_no_gradient(mesh, remat, scan):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(windows=(0, 3, 5)), dict(qk_norm=True, qkv_bias=False, num_kv_heads=4), SHARED]
+    "changes", [{}, dict(windows=(0, 3, 5)), dict(qk_norm=True, qkv_bias=False, num_kv_heads=4), SHARED]
 )
 def test_decoding_step_by_step_equals_one_full_pass(mesh, changes):
     config = tiny_config(**changes)
