@@ -10,6 +10,7 @@ its weights does.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -19,8 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from qwen_jax import sharding
 
-# Rows of a block. Fewer than the least are no faster; with more than the most, blocks are filled up in vain.
-_LEAST_ROWS, _MOST_ROWS = 8, 512
+# Rows of a block: a multiple of the first, which fills registers, and no more than the second, from which on a block
+# does not become faster.
+_ROW_STEP, _MOST_ROWS = 16, 512
 
 # gate, up and down; as for other weights the letters say how each is split.
 _LETTERS = ("efd", "efd", "edf")
@@ -174,8 +176,9 @@ class _Order(NamedTuple):
         experts = tokens.experts.ravel() - jax.lax.axis_index("expert") * num_experts
         experts = jnp.where((experts >= 0) & (experts < num_experts), experts, num_experts)
         sizes = jnp.sum(experts[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-        mean = num_tokens * top_k // (num_experts * ways)
-        rows = min(max(1 << mean.bit_length(), _LEAST_ROWS), _MOST_ROWS)
+        # Where loads are balanced, most experts fit one block that is a quarter larger than the mean.
+        mean = num_tokens * top_k / (num_experts * ways)
+        rows = min(math.ceil(1.25 * mean / _ROW_STEP) * _ROW_STEP, _MOST_ROWS)
         # A token's choices differ: no more of them than there are experts can be here.
         most = num_tokens * min(top_k, num_experts)
         choices = jnp.pad(jnp.argsort(experts, stable=True)[:most].astype(jnp.int32), (0, rows))
