@@ -155,7 +155,7 @@ def test_loss_and_gradient_norm_are_the_same_on_every_mesh(tied):
 def test_a_mixture_of_experts_is_the_same_on_every_mesh():
     config = tiny_config(**SHARED, width=64, vocab_size=128, num_layers=1)
     expected = loss_and_norm(config, {})
-    for sizes in (dict(expert=2, tensor=2), dict(fsdp=2, expert=2, context=2)):
+    for sizes in (dict(expert=4), dict(expert=2, tensor=2), dict(fsdp=2, expert=2, context=2)):
         np.testing.assert_allclose(loss_and_norm(config, sizes), expected, rtol=1e-5, err_msg=str(sizes))
 
 
