@@ -6,6 +6,7 @@
     optim.peak_lr = %LR         # one field
     data.files = ("a.jsonl",    # a value goes on while a bracket is open
                   "b.jsonl")
+    stages.1.steps = 100        # of a tuple of sections, which are numbered from 1
 
 The dataclasses are the schema. Values are Python literals: no name is imported and nothing is evaluated. Every
 mistake is a ConfigError that begins with `file:line:` (or `--set path=value:`).
@@ -35,7 +36,7 @@ MAX_BYTES = 1_000_000  # of one file; a real config has a few thousand
 _MISSING = dataclasses.MISSING
 _UNIONS = (types.UnionType, typing.Union)
 _INCLUDE = re.compile(r"""include\s*(?P<quote>["'])(?P<file>[^"']+)(?P=quote)""")
-_BINDING = re.compile(r"(?P<path>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\s*=(?!=)\s*(?P<text>.+)", re.ASCII | re.DOTALL)
+_BINDING = re.compile(r"(?P<path>[A-Za-z_]\w*(?:\.\w+)*)\s*=(?!=)\s*(?P<text>.+)", re.ASCII | re.DOTALL)
 # An unclosed string runs to the end of its line; were it no token, a line full of quotes would take quadratic time.
 _TOKEN = re.compile(r""" "(?:\\.|[^"\\])*(?:"|\\?$) | '(?:\\.|[^'\\])*(?:'|\\?$) | [#()\[\]{}] """, re.VERBOSE)
 
@@ -185,6 +186,8 @@ def _section(schema: type, default: Any, located: _Located, path: str, where: st
 
 def _field(hint: Any, value: Any, located: _Located, path: str, where: str, provenance: dict[str, str]) -> Any:
     """The value of one field, MISSING if it has none. `value` is its default, `where` its section's place."""
+    if _of_sections(hint):
+        return _numbered(hint, value, located, path, where, provenance)
     classes = {f"@{c.__name__}": c for c in _members(hint) if isinstance(c, type) and dataclasses.is_dataclass(c)}
     default, chosen, below = value, False, []
     lone = list(classes.values())[0] if len(classes) == 1 else None
@@ -211,6 +214,29 @@ def _field(hint: Any, value: Any, located: _Located, path: str, where: str, prov
     if schema is None or not (chosen or below or schema in (hint, type(default))):
         return value
     return _section(schema, default, below, path, provenance.get(path, where), provenance)
+
+
+def _numbered(hint: Any, value: Any, located: _Located, path: str, where: str, provenance: dict[str, str]) -> Any:
+    """As `_field`, of a tuple of sections, which are `path.1`, `path.2` and so on."""
+    below: dict[int, _Located] = {}
+    for rest, b in located:
+        if not rest:
+            value, below = _value(b, hint), {}  # (): only that is a literal
+            provenance[path] = b.where
+        elif not re.fullmatch("[1-9][0-9]{0,3}", rest[0]):
+            raise ConfigError(f"{b.where}: the sections of {path} are {path}.1, {path}.2 and so on, not {b.path:.80}")
+        else:
+            below.setdefault(int(rest[0]), []).append((rest[1:], b))
+    there = dict(enumerate(value, 1))
+    for number in sorted(below):
+        if number > len(there) + 1:
+            wanted, b = f"{path}.{len(there) + 1}", below[number][0][1]
+            raise ConfigError(
+                f"{b.where}: {path}.{number} without {wanted}: sections are numbered from 1, without gaps"
+            )
+        default, full = there.get(number, _MISSING), f"{path}.{number}"
+        there[number] = _field(typing.get_args(hint)[0], default, below[number], full, where, provenance)
+    return tuple(there.values())
 
 
 def _value(b: Binding, hint: Any) -> Any:
@@ -263,8 +289,15 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
 
 
+def _of_sections(hint: Any) -> bool:
+    """Whether a declared type is `tuple[SomeDataclass, ...]`."""
+    return typing.get_origin(hint) is tuple and dataclasses.is_dataclass(typing.get_args(hint)[0])
+
+
 def _spell(hint: Any) -> str:
     """A declared type in the words of an error message."""
+    if _of_sections(hint):
+        return "() or numbered sections"
     if typing.get_origin(hint) in (*_UNIONS, Literal):
         return " or ".join(repr(arg) if isinstance(arg, str) else _spell(arg) for arg in typing.get_args(hint))
     name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
@@ -288,7 +321,11 @@ def render(config: Any, provenance: Mapping[str, str] | None = None) -> str:
 
 def _rows(config: Any, prefix: str) -> Iterator[tuple[str, str]]:
     """(line, path) of each line: the plain fields, then a paragraph for each section."""
-    fields = [(prefix + name, *field) for name, field in _fields(type(config), config).items()]
+    fields = []
+    for name, (hint, value) in _fields(type(config), config).items():
+        numbered = enumerate(value, 1) if _of_sections(hint) and value else ()
+        one = (prefix + name, hint, value)
+        fields += [(f"{prefix}{name}.{n}", typing.get_args(hint)[0], each) for n, each in numbered] or [one]
     for path, hint, value in sorted(fields, key=lambda field: dataclasses.is_dataclass(field[2])):
         if not dataclasses.is_dataclass(value):
             yield f"{path} = {value!r}", path

@@ -77,6 +77,12 @@ class Loose:
     b: Muon | Empty | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Several:
+    runs: tuple[Heads, ...] = ()
+    last: Muon | None = None
+
+
 MINIMAL = "seed = 1\nmodel.heads.query = 4\n"
 
 
@@ -374,6 +380,37 @@ def test_rendered_text_reads_back_to_an_equal_config(tmp_path_factory, run, wher
     provenance = None if where is None else dict.fromkeys(("seed", "optim", "model.heads.query"), where)
     file.write_text(render(run, provenance), encoding="utf-8", newline="")
     assert resolve(Run, read(file))[0] == run
+
+
+def several(*assignments: str) -> Several:
+    return resolve(Several, parse_set(assignments))[0]
+
+
+def test_sections_of_a_tuple_are_numbered_from_one(tmp_path):
+    made = several("runs.2.query=6", "runs.1.query=4", "runs.1.kv=2", "last.steps=1")
+    assert made == Several(runs=(Heads(query=4, kv=2), Heads(query=6)), last=Muon(steps=1))
+    (tmp_path / "again.gin").write_text(render(made))
+    lines = read(tmp_path / "again.gin")
+    assert resolve(Several, lines)[0] == made
+    assert resolve(Several, [*lines, *parse_set(["runs.2.query=8"])])[0].runs[1].query == 8
+    assert resolve(Several, [*lines, *parse_set(["runs=()"])])[0].runs == ()
+
+
+@pytest.mark.parametrize(
+    "assignment, words",
+    [
+        ("runs.3.query=4", "runs.3 without runs.1: sections are numbered from 1, without gaps"),
+        ("runs.0.query=4", "the sections of runs are runs.1, runs.2 and so on, not runs.0.query"),
+        ("runs.query=4", "the sections of runs are runs.1, runs.2 and so on, not runs.query"),
+        ("runs=(4,)", "runs must be () or numbered sections, got (4,)"),
+        ("runs.1=4", "runs.1 must be @Heads, got 4"),
+        ("runs.1.heads=4", "runs.1 (Heads) has no field heads; there is query, kv"),
+        ("runs.1.kv=4", "runs.1 (Heads) has fields without a value; write `runs.1.query = ...` (int)"),
+    ],
+)
+def test_a_mistake_in_a_numbered_section(assignment, words):
+    with pytest.raises(ConfigError, match=re.escape(f"--set {assignment}: {words}")):
+        several(assignment)
 
 
 def test_rendered_text_says_where_each_value_came_from(config):

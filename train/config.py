@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -41,10 +42,12 @@ class Zoo:
     Attributes:
       name: as published, e.g. "Qwen2.5-0.5B".
       dtype: type of activations and of matmul inputs. Parameters are trained in float32.
+      theta: base frequency of the rotary embedding, where it is not to be the published model's, which is its last.
     """
 
     name: str
     dtype: DType = "bfloat16"
+    theta: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +139,29 @@ class Mesh:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What changes in a run after `from_step` steps. What is None stays as it was.
+
+    Attributes:
+      from_step: steps done before.
+      sequence_length: predicted tokens per row. The model then serves at least as many positions.
+      full_length: fraction of the rows that stay whole; the others are cut to lengths of the stages before.
+      theta: base frequency of the rotary embedding.
+      batch_size, accumulation, remat: as in TrainConfig.
+      mesh: as in TrainConfig, and of as many devices; an axis that is not named has size 1.
+    """
+
+    from_step: int
+    sequence_length: int | None = None
+    full_length: float | None = None
+    theta: float | None = None
+    batch_size: int | None = None
+    accumulation: int | None = None
+    mesh: Mesh | None = None
+    remat: Literal["none", "dots", "full"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpointing:
     """A checkpoint every `every` steps and at the end, of which the latest `keep` stay."""
 
@@ -193,6 +219,7 @@ class TrainConfig:
       evaluation: when the held-out loss is measured.
       log_every: steps between rows of metrics.jsonl.
       profile: which steps are traced.
+      stages: what changes on the way; all that is above holds from the first step on.
     """
 
     run_dir: str
@@ -213,6 +240,7 @@ class TrainConfig:
     evaluation: Evaluation
     log_every: int = 1
     profile: Profile = Profile()
+    stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
         _at_least(1, self, "batch_size", "accumulation", "steps", "log_every")
@@ -226,6 +254,7 @@ class TrainConfig:
             )
         self._check_batch()
         self._check_model()
+        self._check_stages()
 
     def _check_batch(self) -> None:
         length, mesh = self.data.sequence_length, self.mesh
@@ -304,12 +333,64 @@ class TrainConfig:
                     f"it can be {', '.join(map(str, tensor_sizes(self.model_config)))}"
                 )
 
+    def _check_stages(self) -> None:
+        devices = lambda config: math.prod(dataclasses.astuple(config.mesh))
+        before, least = "0", 0
+        for number, stage in enumerate(self.stages, 1):
+            name = f"stages.{number}.from_step={stage.from_step}"
+            if not least < stage.from_step < self.steps:
+                raise ConfigError(f"{name} must be above {before} and below steps={self.steps}")
+            before, least = name, stage.from_step
+            own = devices(self.stage_configs[number][1])
+            if own != devices(self):
+                raise ConfigError(f"from {name} on, the mesh has {own} devices, and at first {devices(self)}")
+
+    @functools.cached_property
+    def stage_configs(self) -> list[tuple[range, TrainConfig]]:
+        """The steps of each stage, the first being before `stages`, and the run as it is in them, without stages."""
+        config = dataclasses.replace(self, stages=()) if self.stages else self
+        configs, starts = [config], [0, *(stage.from_step for stage in self.stages), self.steps]
+        for number, stage in enumerate(self.stages, 1):
+            try:
+                config = config._changed(stage)
+            except ConfigError as error:
+                raise ConfigError(f"from stages.{number}.from_step={stage.from_step} on, {error}") from error
+            configs.append(config)
+        return [(range(*steps), config) for steps, config in zip(itertools.pairwise(starts), configs, strict=True)]
+
+    def _changed(self, stage: Stage) -> TrainConfig:
+        """This config as a stage makes it."""
+        names = ("batch_size", "accumulation", "mesh", "remat")
+        values = {name: getattr(stage, name) for name in names if getattr(stage, name) is not None}
+        data, model = self.data, self.model_config
+        length = data.sequence_length if stage.sequence_length is None else stage.sequence_length
+        full = data.full_length if stage.full_length is None else stage.full_length
+        shorter = {size for size in (*data.shorter_lengths, data.sequence_length) if size < length}
+        rope = model.rope if stage.theta is None else dataclasses.replace(model.rope, theta=stage.theta)
+        if rope != model.rope or length > model.max_position:
+            model = dataclasses.replace(model, rope=rope, max_position=max(length, model.max_position))
+            values["model"] = model
+        values["data"] = dataclasses.replace(
+            data, sequence_length=length, full_length=full, shorter_lengths=tuple(sorted(shorter))
+        )
+        return dataclasses.replace(self, **values)
+
+    def tokens_after(self, step: int) -> int:
+        """Tokens of the first `step` steps, padding included."""
+        return sum(
+            max(0, min(step, steps.stop) - steps.start) * config.tokens_per_step for steps, config in self.stage_configs
+        )
+
     @functools.cached_property
     def model_config(self) -> ModelConfig:
         """The model's shape, published ones looked up."""
         if isinstance(self.model, ModelConfig):
             return self.model
-        return dataclasses.replace(zoo.published(self.model.name), dtype=self.model.dtype, param_dtype="float32")
+        published = zoo.published(self.model.name)
+        rope = (
+            published.rope if self.model.theta is None else dataclasses.replace(published.rope, theta=self.model.theta)
+        )
+        return dataclasses.replace(published, rope=rope, dtype=self.model.dtype, param_dtype="float32")
 
     @property
     def micro_batch_size(self) -> int:

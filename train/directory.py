@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ LOCK = "lock"
 
 # What may change when a run goes on: where it lives and how it is computed and watched, not what is computed.
 MAY_CHANGE = ("run_dir", "mesh", "remat", "attention", "layers", "checkpoint", "evaluation", "log_every", "profile")
+_STAGE = re.compile(r"stages\.\d+\.")  # in which the same may change
 
 
 @contextlib.contextmanager
@@ -87,7 +89,7 @@ def check_same_run(directory: Path, config: TrainConfig) -> None:
     changed = [
         f"{name} was {before.get(name, absent)} and is now {now.get(name, absent)}"
         for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name) and name.split(".")[0] not in MAY_CHANGE
+        if before.get(name) != now.get(name) and _STAGE.sub("", name).split(".")[0] not in MAY_CHANGE
     ]
     if changed:
         raise ConfigError(
@@ -108,10 +110,14 @@ def write(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, str]:
-    """Every field of a config by its path, sections by the name of their class."""
-    out: dict[str, str] = {}
+    """Every field of a config by its path, sections by the name of their class, and several of them by number."""
+    fields: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value, path = getattr(config, field.name), prefix + field.name
+        several = isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value))
+        fields |= {f"{path}.{n}": each for n, each in enumerate(value, 1)} if several else {path: value}
+    out: dict[str, str] = {}
+    for path, value in fields.items():
         if dataclasses.is_dataclass(value):
             out |= {path: f"@{type(value).__name__}"} | _flat(value, path + ".")
         else:

@@ -27,16 +27,22 @@ class Record:
     Args:
       directory: the run directory.
       step: steps done so far. Kept are rows up to it, less its evaluation, which a resumed run does again.
-      tokens_per_step: to count tokens by.
+      tokens_after: of a step, the tokens seen up to it.
       warn: told once when the disk takes no more.
       writes: False on every host but the first, where nothing is read or written.
     """
 
     def __init__(
-        self, directory: Path, *, step: int, tokens_per_step: int, warn: Callable[[str], None], writes: bool = True
+        self,
+        directory: Path,
+        *,
+        step: int,
+        tokens_after: Callable[[int], int],
+        warn: Callable[[str], None],
+        writes: bool = True,
     ) -> None:
         self._writes, self._warn, self._warned = writes, warn, False
-        self._tokens_per_step = tokens_per_step
+        self._tokens_after = tokens_after
         self.restart_clock(step)
         if not writes:
             return
@@ -58,11 +64,12 @@ class Record:
         """Adds the row of an optimiser step: its metrics, tokens seen in all, and the speed since the row before."""
         (before, start), now = self._since, time.monotonic()
         self._since = (step, now)
-        speed = (step - before) * self._tokens_per_step / (now - start)
+        tokens = self._tokens_after(step)
+        speed = (tokens - self._tokens_after(before)) / (now - start)
         timing = {"tokens_per_second": speed, "seconds": (now - start) / (step - before)}
         self._add(
             "train",
-            {"step": step, "loss": metrics["loss"], **metrics, "tokens": step * self._tokens_per_step, **timing},
+            {"step": step, "loss": metrics["loss"], **metrics, "tokens": tokens, **timing},
         )
 
     def held_out(self, step: int, *, loss: float, bits_per_byte: float) -> None:

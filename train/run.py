@@ -7,7 +7,9 @@ import dataclasses
 import math
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -18,7 +20,7 @@ from qwen_jax.weights.checkpoint import Checkpoint, Checkpoints
 from train import directory as run_directory
 from train import plot
 from train.config import TrainConfig
-from train.data import Corpus, Rows, prepare
+from train.data import Corpus, Rows, TokenShards, prepare
 from train.evaluation import HeldOut
 from train.feed import abstract_batch, put_batch
 from train.profiler import Profiler
@@ -60,22 +62,65 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
         if resume and checkpoint is None:
             raise ConfigError(f"--resume wants a checkpoint in {directory}, and there is none; leave --resume out")
 
-        # Mesh
-        mesh = make_mesh(**dataclasses.asdict(config.mesh))
-        stack.enter_context(jax.set_mesh(mesh))
-        objective, optimizer, train_step = configured(config)
-        # What the step cannot do it says while it is traced: now, and not after hours of preparing data.
-        jax.eval_shape(train_step, abstract_state(config.model_config, optimizer), abstract_batch(config))
+        # What a step cannot do it says while it is traced: now, and not after hours of preparing data.
+        for _, stage in config.stage_configs:
+            trace(stage)
 
         # Data
         corpus = prepare(config.data, directory, seed=config.seed, report=report.line, is_writer=first_host)
         check_corpus(corpus, config, checkpoint)
-        rows = Rows(
-            corpus.train,
-            sequence_length=config.data.sequence_length,
-            batch_size=config.batch_size,
-            seed=config.seed,
-        )
+        streams = [stream(corpus.train, steps, stage) for steps, stage in config.stage_configs]
+
+        # Files
+        files = {"config.gin": text.encode(), "tokenizer.json": corpus.tokenizer.to_bytes()}
+        if first_host:
+            run_directory.write(directory, files)
+        done = checkpoint.step if checkpoint else 0
+        record = Record(directory, step=done, tokens_after=config.tokens_after, warn=report.warn, writes=first_host)
+        stack.callback(record.close)
+
+        # Stages: each goes on from the checkpoint that the one before has left, as if the run had been stopped there.
+        shared = Shared(directory, corpus, files, checkpoints, record, report, stack.enter_context(Stop()))
+        for number, ((steps, stage), rows) in enumerate(zip(config.stage_configs, streams, strict=True)):
+            if steps.stop < done:
+                continue
+            if config.stages:
+                report.fact("stage", f"{number} of 0 to {len(config.stages)}: up to step {steps.stop:,}")
+            if exit_code := train_stage(steps, stage, rows, checkpoint, shared):
+                return exit_code
+            checkpoint = checkpoints.latest_valid()
+    return 0
+
+
+class Shared(NamedTuple):
+    """What all stages of a run have in common; `files` go into every checkpoint."""
+
+    directory: Path
+    corpus: Corpus
+    files: Mapping[str, bytes]
+    checkpoints: Checkpoints
+    record: Record
+    report: Report
+    stop: Stop
+
+
+def train_stage(steps: range, config: TrainConfig, rows: Rows, checkpoint: Checkpoint | None, shared: Shared) -> int:
+    """Trains through a stage, which for most runs is all there is, and returns the exit code.
+
+    Args:
+      steps: the stage's.
+      config: the run as it is in these steps.
+      rows: of its training text.
+      checkpoint: what to go on from; None for the start.
+      shared: with the other stages.
+    """
+    directory, corpus, files, checkpoints, record, report, stop = shared
+    first_host = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        # Mesh
+        mesh = make_mesh(**dataclasses.asdict(config.mesh))
+        stack.enter_context(jax.set_mesh(mesh))
+        objective, optimizer, train_step = configured(config)
 
         # State
         unroll = unrolled(config, mesh)
@@ -86,29 +131,28 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
         start = int(state.step)
 
         held_out = HeldOut(config, objective, corpus.held_out) if len(corpus.held_out) else None
-
-        # Files
-        files = {"config.gin": text.encode(), "tokenizer.json": corpus.tokenizer.to_bytes()}
-        if first_host:
-            run_directory.write(directory, files)
-        record = Record(
-            directory, step=start, tokens_per_step=config.tokens_per_step, warn=report.warn, writes=first_host
+        saver = Saver(
+            checkpoints,
+            record,
+            files={**files, "model.json": config.model_config.to_json().encode()},
+            meta=fingerprint(corpus),
+            warn=report.warn,
         )
-        stack.callback(record.close)
-        files["model.json"] = config.model_config.to_json().encode()
-        saver = Saver(checkpoints, record, files=files, meta=fingerprint(corpus), warn=report.warn)
         profiler = stack.enter_context(Profiler(directory / "profile", config.profile, start=start, warn=report.warn))
         describe(config, mesh, start, report)
+        record.restart_clock(start)
 
         # Loop: launch step n, then read what step n - 1 measured, so that the devices never wait for the host.
         step, loss = start, math.nan
         unread: tuple[int, Metrics] | None = None
-        with Stop() as stop, saver, report.follow(start, config.steps, tokens_per_step=config.tokens_per_step):
+        with saver, report.follow(start, config.steps, tokens_per_step=config.tokens_per_step):
             while True:
-                last, exit_code = step == config.steps, stop.exit_code()
+                last, exit_code = step == steps.stop, stop.exit_code()
                 saving = step > start and (last or exit_code or step % config.checkpoint.every == 0)
-                # After the save at the same step, so that a run stopped in between evaluates once it goes on.
-                evaluating = held_out and step and not exit_code and (last or step % config.evaluation.every == 0)
+                # After the save at the same step, so that a run stopped in between evaluates once it goes on. The step
+                # that a stage begins with is the last of the stage before.
+                due = last or (step > steps.start and step % config.evaluation.every == 0)
+                evaluating = held_out and due and not exit_code
                 if saving or evaluating:
                     # Nothing is saved before it is known to be finite: here the last step is read at once.
                     watch(unread, config, record, report)
@@ -138,11 +182,31 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
                 plot.draw(directory, entropies=held_out.entropies if held_out else None)
             except OSError as error:  # the run is saved: a picture is no reason to fail
                 report.warn(f"no {plot.IMAGE}: {error.strerror}")
-        if first_host and not exit_code:
+        if first_host and step == config.steps and not exit_code:
             if held_out:
                 print(f"\n{held_out.summary(loss)}\n")
             print(f'try  python -m infer generate {config.run_dir} --prompt "def "')
     return exit_code
+
+
+def trace(config: TrainConfig) -> None:
+    """Traces the step of a config, for what it raises."""
+    with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))):
+        _, optimizer, train_step = configured(config)
+        jax.eval_shape(train_step, abstract_state(config.model_config, optimizer), abstract_batch(config))
+
+
+def stream(shards: TokenShards, steps: range, config: TrainConfig) -> Rows:
+    """The rows of a stage."""
+    return Rows(
+        shards,
+        sequence_length=config.data.sequence_length,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        first_step=steps.start,
+        full_length=config.data.full_length,
+        shorter_lengths=config.data.shorter_lengths,
+    )
 
 
 def join_hosts() -> None:
@@ -198,9 +262,8 @@ def describe(config: TrainConfig, mesh: Mesh, step: int, report: Report) -> None
     device = mesh.devices.flat[0]
     split = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     report.fact("devices", f"{mesh.size} x {device.device_kind} ({device.platform})" + (f": {split}" if split else ""))
-    report.fact(
-        "steps", f"{config.steps:,} of {config.tokens_per_step:,} tokens" + (f", from {step:,}" if step else "")
-    )
+    rows = f"{config.batch_size:,} rows of {config.data.sequence_length:,} tokens"
+    report.fact("steps", f"{config.steps:,} of {rows}" + (f", from {step:,}" if step else ""))
     report.fact("run_dir", config.run_dir)
 
 

@@ -9,7 +9,7 @@ import pytest
 from qwen_jax import bindings
 from qwen_jax.config import DynamicNTK, QwenNTK, Rope, Yarn
 from qwen_jax.errors import ConfigError
-from train.config import LM, TrainConfig
+from train.config import LM, Mesh, Stage, TrainConfig, Zoo
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,12 @@ def test_micro_batches_and_rows_are_split_together(config, change):
         change(fine, "accumulation", 4)
 
 
-@pytest.mark.parametrize("kind", ["config", "mixture"])
+@pytest.fixture
+def staged(config, change):
+    return change(config, "stages", (Stage(from_step=2, mesh=Mesh()), Stage(from_step=3, theta=1e6)))
+
+
+@pytest.mark.parametrize("kind", ["config", "mixture", "staged"])
 def test_rendered_config_reads_back_equal(request, kind, tmp_path):
     config, file = request.getfixturevalue(kind), tmp_path / "again.gin"
     file.write_text(bindings.render(config, {}))
@@ -107,3 +112,60 @@ def test_rope_scalings_are_bound_by_name(config, tmp_path):
         resolve("model.rope.scaling = @Linear")
     with pytest.raises(ConfigError, match="scaling cannot be @YaRN; did you mean @Yarn"):
         resolve("model.rope.scaling = @YaRN")
+
+
+def test_a_stage_keeps_what_it_does_not_change(config, change):
+    stages = (
+        Stage(from_step=2, sequence_length=32, full_length=0.75, theta=1e5, batch_size=4),
+        Stage(from_step=4, sequence_length=64, accumulation=2, remat="full"),
+    )
+    config = change(config, "stages", stages)
+    (first, base), (second, longer), (third, longest) = config.stage_configs
+    assert (first, second, third) == (range(2), range(2, 4), range(4, 6))
+    assert base == change(config, "stages", ())
+    assert (longer.batch_size, longest.batch_size, longest.accumulation, longest.remat) == (4, 4, 2, "full")
+    assert (longer.data.full_length, longest.data.full_length) == (0.75, 0.75)
+    assert (longer.data.shorter_lengths, longest.data.shorter_lengths) == ((16,), (16, 32))
+    assert (longer.model.rope.theta, longest.model.rope.theta) == (1e5, 1e5)
+    assert (longer.model.max_position, longest.model.max_position) == (32, 64)
+    assert longest.optimizer == base.optimizer and longest.steps == base.steps, "one schedule for all of them"
+    assert [config.tokens_after(step) for step in (1, 3, 6)] == [128, 256 + 128, 256 + 256 + 512]
+
+
+@pytest.mark.parametrize(
+    "stages, sentence",
+    [
+        ([dict(from_step=6)], "stages.1.from_step=6 must be above 0 and below steps=6"),
+        ([dict(from_step=0)], "stages.1.from_step=0 must be above 0 and below steps=6"),
+        ([dict(from_step=3), dict(from_step=3)], "stages.2.from_step=3 must be above stages.1.from_step=3 and"),
+        ([dict(from_step=3, batch_size=0)], "from stages.1.from_step=3 on, batch_size=0 must be at least 1"),
+        ([dict(from_step=3, sequence_length=0)], "from stages.1.from_step=3 on, sequence_length=0 must be at least 1"),
+        ([dict(from_step=3, theta=1.0)], "from stages.1.from_step=3 on, theta=1.0 must be above 1"),
+        ([dict(from_step=3, full_length=0.5)], "full_length=0.5 leaves rows for shorter_lengths, and there are none"),
+        (
+            [dict(from_step=3, mesh=Mesh(data=2))],
+            "from stages.1.from_step=3 on, the mesh has 2 devices, and at first 1",
+        ),
+    ],
+)
+def test_stages_are_refused_by_number(config, change, stages, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        change(config, "stages", tuple(Stage(**stage) for stage in stages))
+
+
+def test_a_mistake_in_a_stage_is_said_with_its_line(config, tmp_path):
+    file = tmp_path / "staged.gin"
+    file.write_text(
+        bindings.render(config) + "stages.1.batch_size = 5\nstages.1.from_step = 2\nstages.1.accumulation = 2\n"
+    )
+    number = len(file.read_text().splitlines()) - 1
+    with pytest.raises(
+        ConfigError, match=rf"staged.gin:{number}: TrainConfig: from stages.1.from_step=2 on, batch_size=5"
+    ):
+        bindings.resolve(TrainConfig, [b for b in bindings.read(file) if b.path != "stages"])
+
+
+def test_a_published_model_begins_with_another_theta(config, change):
+    made = change(config, "model", Zoo(name="Qwen2.5-7B", theta=1e4))
+    assert made.model_config.rope == Rope(theta=1e4)
+    assert change(config, "model", Zoo(name="Qwen2.5-7B")).model_config.rope == Rope(theta=1e6)

@@ -10,6 +10,7 @@ import pytest
 from qwen_jax import bindings
 from qwen_jax.errors import ConfigError, FileError
 from train import directory as run_directory
+from train.config import Mesh, Stage
 from train.data import PythonStdlib
 
 HOLD = """
@@ -89,3 +90,15 @@ def test_another_class_of_section_is_a_change(tmp_path, config, change):
 def test_how_it_is_computed_may_change(tmp_path, config, change, path, value):
     save(tmp_path, config)
     run_directory.check_same_run(tmp_path, change(config, path, value))
+
+
+def test_a_stage_is_computed_anywhere_but_stays_what_it_is(tmp_path, config, change):
+    stages = lambda **values: change(config, "stages", (Stage(from_step=2, batch_size=16, **values),))
+    save(tmp_path, stages())
+    run_directory.check_same_run(tmp_path, stages(mesh=Mesh(), remat="full"))
+    with pytest.raises(
+        ConfigError, match=r"with another config: stages\.1\.theta was None and is now 50000\.0; choose"
+    ):
+        run_directory.check_same_run(tmp_path, stages(theta=5e4))
+    with pytest.raises(ConfigError, match=r"stages\.1 was @Stage and is now nothing"):
+        run_directory.check_same_run(tmp_path, config)

@@ -13,7 +13,7 @@ from train.record import METRICS, Record, rows
 
 
 def write(directory, steps, *, start=0, warn=pytest.fail):
-    record = Record(directory, step=start, tokens_per_step=10, warn=warn)
+    record = Record(directory, step=start, tokens_after=lambda step: 10 * step, warn=warn)
     for step in steps:
         record.train(step, {"grad_norm": 1.0, "loss": 1 / step})
         if step % 2 == 0:
@@ -50,7 +50,7 @@ def test_full_disk_delays_rows_and_loses_none(tmp_path, monkeypatch):
         return pwrite(file, data, offset)
 
     monkeypatch.setattr(record_module.os, "pwrite", limited)
-    record = Record(tmp_path, step=0, tokens_per_step=10, warn=warnings.append)
+    record = Record(tmp_path, step=0, tokens_after=lambda step: 10 * step, warn=warnings.append)
     record.train(1, {"loss": 3.0})
     record.train(2, {"loss": 2.0})
     full = False
@@ -61,7 +61,7 @@ def test_full_disk_delays_rows_and_loses_none(tmp_path, monkeypatch):
 
 
 def test_hosts_that_do_not_write_leave_nothing(tmp_path):
-    record = Record(tmp_path, step=0, tokens_per_step=10, warn=pytest.fail, writes=False)
+    record = Record(tmp_path, step=0, tokens_after=lambda step: 10 * step, warn=pytest.fail, writes=False)
     record.train(1, {"loss": 3.0})
     record.sync()
     record.close()

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from qwen_jax import bindings
+from qwen_jax.config import ModelConfig
 from qwen_jax.errors import INTERRUPTED, SAVED_PLEASE_RESTART, ConfigError, FileError, NumericalError
-from qwen_jax.weights.checkpoint import Checkpoints
+from qwen_jax.weights.checkpoint import Checkpoints, open_checkpoint
 from tests.train.conftest import record
 from train import run as run_module
-from train.config import Mesh, Profile
+from train.config import Mesh, Profile, Stage
 from train.record import METRICS
 
 pytestmark = pytest.mark.usefixtures("enough_devices")
@@ -101,6 +102,30 @@ def test_run_goes_on_with_another_mesh(config, change, tmp_path):
     # float32 sums in another order, and three steps of Adam on what they differ by
     for there, here in zip(record(moved), record(config), strict=True):
         assert there == pytest.approx(here, rel=1e-4)
+
+
+def test_stages_follow_each_other_and_resume_bit_for_bit(config, change, tmp_path, capsys):
+    """Stopped as the first stage ends, before its evaluation, and inside the second."""
+    longer = dict(sequence_length=64, full_length=0.5, theta=1e5, batch_size=4)
+    stage = Stage(from_step=3, **longer, accumulation=2, mesh=Mesh(context=2), remat="full")
+    config = change(change(config, "mesh", Mesh(fsdp=2)), "stages", (stage,))
+    broken = change(config, "run_dir", str(tmp_path / "broken"))
+    assert run(config) == 0
+    shown = capsys.readouterr()
+    assert "1 of 0 to 1: up to step 6" in shown.err and shown.out.count("bits per byte") == 1
+    for stop_in in (2, 4):
+        with when_step(stop_in, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            assert run(broken) == SAVED_PLEASE_RESTART
+        assert steps(broken)[-1] == stop_in + 1
+    assert run(broken) == 0
+    assert record(broken) == record(config)
+    assert final_arrays(broken) == final_arrays(config)
+    rows = record(config)
+    assert [row["tokens"] for row in rows if "tokens" in row] == [128, 256, 384, 640, 896, 1152]
+    assert [row["step"] for row in rows if "held_out_loss" in row] == [3, 6]
+    models = [open_checkpoint(Path(config.run_dir) / "checkpoints" / f"{n:08}").read("model.json") for n in (3, 6)]
+    made = [ModelConfig.from_json(model.decode()) for model in models]
+    assert [(model.rope.theta, model.max_position) for model in made] == [(1e4, 32), (1e5, 64)]
 
 
 def test_a_mixture_of_experts_trains_on_a_mesh_and_says_how_even_it_is(mixture, change):

@@ -75,6 +75,9 @@ class Data:
       source: where the documents come from.
       tokenizer: what makes them tokens.
       sequence_length: predicted tokens per row.
+      full_length: fraction of the rows that are `sequence_length` tokens of the text as they follow each other. Each
+        other row is cut, as if documents ended there, into pieces of one of `shorter_lengths`, drawn for it.
+      shorter_lengths: those lengths.
       held_out: fraction of the documents kept for evaluation. The content of a document decides its side, so
         copies never fall on both. 0 for none.
       tokens: folder of token shards, used as it is where one exists, made there otherwise; empty for one
@@ -85,6 +88,8 @@ class Data:
     source: Text | PythonStdlib
     tokenizer: TrainBPE | TokenizerFile
     sequence_length: int
+    full_length: float = 1.0
+    shorter_lengths: tuple[int, ...] = ()
     held_out: float = 0.02
     tokens: str = ""
     max_bad_fraction: float = 0.0
@@ -92,6 +97,16 @@ class Data:
     def __post_init__(self) -> None:
         if self.sequence_length < 1:
             raise ConfigError(f"sequence_length={self.sequence_length} must be at least 1")
+        if not 0 <= self.full_length <= 1:
+            raise ConfigError(f"full_length={self.full_length} must be a fraction of the rows: between 0 and 1")
+        if self.full_length < 1 and not self.shorter_lengths:
+            raise ConfigError(f"full_length={self.full_length} leaves rows for shorter_lengths, and there are none")
+        for length in self.shorter_lengths:
+            if not 1 <= length < self.sequence_length:
+                raise ConfigError(
+                    f"shorter_lengths={self.shorter_lengths} must be at least 1 and below "
+                    f"sequence_length={self.sequence_length}"
+                )
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out} must be a fraction of the documents: 0 or more and below 1")
         if not 0 <= self.max_bad_fraction < 1:

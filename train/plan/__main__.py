@@ -20,7 +20,7 @@ from qwen_jax.errors import ConfigError, FileError
 from train.config import TrainConfig
 from train.plan import page, search, serve
 from train.plan import topology as topologies
-from train.plan.candidates import check_state, with_devices
+from train.plan.candidates import check_state, settings, with_devices
 from train.plan.compiled import check_installed, compile_step
 from train.plan.topology import Topology
 
@@ -42,29 +42,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     topology = topologies.parse(options.topology, slices=options.slices)
     config, _ = bindings.resolve(TrainConfig, [*bindings.read(options.config), *bindings.parse_set(options.set)])
+    stages = dict(enumerate(stage for _, stage in config.stage_configs))
+    if options.stage is not None and options.stage not in stages:
+        raise ConfigError(f"--stage {options.stage} is not one of this run's, which are 0 to {len(stages) - 1}")
     if options.serve:
-        model = config.model_config
+        model = stages[len(stages) - 1].model_config
         found = serve.plan(model, topology)
         _print(options, serve.as_json(found, model, topology), serve.render(found, model, topology))
         return 0
+    if options.stage is not None:
+        stages = {options.stage: stages[options.stage]}
+    if len(stages) > 1 and (options.search or options.hlo):
+        raise ConfigError(f"--search and --hlo are for one stage; choose it with --stage, of 0 to {len(stages) - 1}")
     check_state(config, topology)
     for path in (options.output, options.hlo):  # before minutes of compiling
         if path and not path.parent.is_dir():
             raise FileError(f"{path} cannot be written: there is no folder {path.parent}")
     if options.search:
         check_installed()
-        return _search(config, topology, options)
-    per_slice, config = config, with_devices(config, topology)
-    if config != per_slice:
-        _say(f"the mesh is that of one slice; to train on all of them, --set mesh.data={config.mesh.data}")
+        ((number, stage),) = stages.items()
+        return _search(stage, topology, options, _prefix(number))
+    return _compile(stages, topology, options)
+
+
+def _compile(stages: dict[int, TrainConfig], topology: Topology, options: argparse.Namespace) -> int:
+    """Prints a page for each stage, all of them checked before the first is compiled."""
+    whole = {number: with_devices(stage, topology, _prefix(number)) for number, stage in stages.items()}
+    for number, stage in stages.items():
+        if whole[number] != stage:
+            changes = settings(whole[number], stage, _prefix(number))
+            _say(f"the mesh is that of one slice; to train on all of them, --set {changes}")
     check_installed()
     _say(f"compiling for {topology}; a large model takes a minute or more")
-    compiled = compile_step(config, topology, hlo=options.hlo)
-    _print(options, page.as_json(config, topology, compiled), page.render(config, topology, compiled))
-    return 0 if compiled.program else ConfigError.exit_code
+    fields, fits = [], True
+    for number, stage in whole.items():
+        compiled = compile_step(stage, topology, hlo=options.hlo)
+        fits = fits and compiled.program is not None
+        fields.append(page.as_json(stage, topology, compiled, _prefix(number)))
+        if not options.json:
+            title = f"stage {number}\n" if len(whole) > 1 else ""
+            print(
+                title + page.render(stage, topology, compiled, _prefix(number)), end="\n" * (len(whole) > 1), flush=True
+            )
+    if options.json:
+        print(json.dumps(fields if len(fields) > 1 else fields[0], indent=2))
+    return 0 if fits else ConfigError.exit_code
 
 
-def _search(config: TrainConfig, topology: Topology, options: argparse.Namespace) -> int:
+def _prefix(stage: int) -> str:
+    """Of the fields that are a stage's own."""
+    return f"stages.{stage}." if stage else ""
+
+
+def _search(config: TrainConfig, topology: Topology, options: argparse.Namespace, prefix: str) -> int:
     output = options.output
     if output and output.exists() and output.samefile(options.config):
         raise ConfigError(f"--output {output} is the config itself; choose another file")
@@ -72,16 +102,16 @@ def _search(config: TrainConfig, topology: Topology, options: argparse.Namespace
     trials = search.search(config, topology, compile_step, most=most, budget=budget, say=_say)
     _print(options, search.as_json(trials, topology), search.table(trials, topology))
     if output:
-        _write(output, trials[0].config, options)
+        _write(output, trials[0].config, options, prefix)
     return 0
 
 
-def _write(output: Path, best: TrainConfig, options: argparse.Namespace) -> None:
+def _write(output: Path, best: TrainConfig, options: argparse.Namespace, prefix: str) -> None:
     """Writes the config that includes the user's and overrides the layout, after what --set overrode."""
     layout = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(best.mesh).items()}
     layout |= {"remat": best.remat, "accumulation": best.accumulation}
     bound = {binding.path: binding.text for binding in bindings.parse_set(options.set)}
-    bound |= {path: repr(value) for path, value in layout.items()}
+    bound |= {prefix + path: repr(value) for path, value in layout.items()}
     lines = [f'include "{os.path.relpath(options.config, output.parent)}"', ""]
     lines += [f"{path} = {text}" for path, text in bound.items()]
     try:
@@ -108,6 +138,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", metavar="PATH=VALUE", nargs="+", action="extend", default=[], help="bind config fields, after the file"
     )
+    parser.add_argument("--stage", metavar="N", type=int, help="of a run with stages: 0 is before stages.1 (all)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--search", action="store_true", help="find mesh, remat and accumulation of the same run")
     what.add_argument("--serve", action="store_true", help="plan decoding of the model instead, by formula")

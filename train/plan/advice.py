@@ -14,8 +14,11 @@ from train.plan.topology import Topology
 _MOST = 2
 
 
-def to_fit(config: TrainConfig, topology: Topology, compiled: Compiled) -> list[str]:
-    """Lines that say what would make a step fit that does not; none for one that does."""
+def to_fit(config: TrainConfig, topology: Topology, compiled: Compiled, prefix: str) -> list[str]:
+    """Lines that say what would make a step fit that does not; none for one that does.
+
+    `prefix` is that of `candidates.settings`.
+    """
     if compiled.program is not None:
         return []
     # What the formula leaves out is taken to grow and shrink with what it knows.
@@ -28,5 +31,5 @@ def to_fit(config: TrainConfig, topology: Topology, compiled: Compiled) -> list[
         return [f"{over}, and no layout of this batch would fit by formula: it takes about {chips} chips"]
     lines = [f"{over}; by formula these would fit, best first (--search tries them):"]
     for candidate in fitting[:_MOST]:
-        lines.append(f"  --set {settings(candidate, config)}   about {needed[candidate] / GIB:.1f} GiB")
+        lines.append(f"  --set {settings(candidate, config, prefix)}   about {needed[candidate] / GIB:.1f} GiB")
     return lines

@@ -22,10 +22,10 @@ def candidates(config: TrainConfig, topology: Topology) -> list[TrainConfig]:
     return sorted(_valid(config, topology), key=key)
 
 
-def with_devices(config: TrainConfig, topology: Topology) -> TrainConfig:
+def with_devices(config: TrainConfig, topology: Topology, prefix: str = "") -> TrainConfig:
     """The config with a mesh of the topology's devices: its own, or its own on every slice.
 
-    Raises ConfigError, with meshes that would do.
+    Raises ConfigError, with meshes that would do. `prefix` is that of `settings`.
     """
     mesh, slices, devices = config.mesh, topology.slices, topology.num_devices
     own = math.prod(dataclasses.astuple(mesh))
@@ -36,9 +36,10 @@ def with_devices(config: TrainConfig, topology: Topology) -> TrainConfig:
         except ConfigError as error:
             raise ConfigError(f"the mesh is that of one slice, and with mesh.data={on_all.data} {error}") from error
     if own != devices:
-        raise ConfigError(f"the mesh has {own} devices and {topology} has {devices}; {_proposals(config, topology)}")
+        proposals = _proposals(config, topology, prefix)
+        raise ConfigError(f"the mesh has {own} devices and {topology} has {devices}; {proposals}")
     if mesh.data % slices:
-        proposals = _proposals(config, topology)
+        proposals = _proposals(config, topology, prefix)
         raise ConfigError(f"mesh.data={mesh.data} must be a multiple of the {slices} slices; {proposals}")
     return config
 
@@ -56,19 +57,21 @@ def check_state(config: TrainConfig, topology: Topology) -> None:
         )
 
 
-def settings(candidate: TrainConfig, config: TrainConfig) -> str:
-    """What `--set` takes to make one layout of another."""
+def settings(candidate: TrainConfig, config: TrainConfig, prefix: str = "") -> str:
+    """What `--set` takes to make one layout of another; `prefix` is "stages.1." where that is whose layout it is."""
     mesh, before = dataclasses.asdict(candidate.mesh), dataclasses.asdict(config.mesh)
-    changes = [f"mesh.{axis}={size}" for axis, size in mesh.items() if size != before[axis]]
+    # A stage may have no mesh of its own to change, and is given a whole one.
+    kept = dataclasses.asdict(Mesh()) if prefix and mesh != before else before
+    changes = [f"mesh.{axis}={size}" for axis, size in mesh.items() if size != before[axis] or size != kept[axis]]
     if candidate.remat != config.remat:
         changes.append(f"remat='\"{candidate.remat}\"'")
     if candidate.accumulation != config.accumulation:
         changes.append(f"accumulation={candidate.accumulation}")
-    return " ".join(changes)
+    return " ".join(prefix + change for change in changes)
 
 
-def _proposals(config: TrainConfig, topology: Topology) -> str:
-    found = list(dict.fromkeys(settings(candidate, config) for candidate in candidates(config, topology)))
+def _proposals(config: TrainConfig, topology: Topology, prefix: str) -> str:
+    found = list(dict.fromkeys(settings(candidate, config, prefix) for candidate in candidates(config, topology)))
     if not found:
         return (
             f"no mesh of {topology.num_devices} splits a batch_size of {config.batch_size}; choose another batch_size"

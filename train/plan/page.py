@@ -23,12 +23,12 @@ def label() -> str:
     return f"compiled, not run: compiler estimates ({versions()})"
 
 
-def render(config: TrainConfig, topology: Topology, compiled: Compiled) -> str:
-    """The page for people."""
-    return "\n".join(_lines(config, topology, compiled)) + "\n"
+def render(config: TrainConfig, topology: Topology, compiled: Compiled, prefix: str = "") -> str:
+    """The page for people; `prefix` is that of `candidates.settings`."""
+    return "\n".join(_lines(config, topology, compiled, prefix)) + "\n"
 
 
-def as_json(config: TrainConfig, topology: Topology, compiled: Compiled) -> dict[str, Any]:
+def as_json(config: TrainConfig, topology: Topology, compiled: Compiled, prefix: str = "") -> dict[str, Any]:
     """The same for programs; bytes and FLOPs are of one device, seconds of one step."""
     memory = memory_by_kind(config, compiled) | {"peak": compiled.peak, "limit": topology.hbm}
     out: dict[str, Any] = {
@@ -38,7 +38,7 @@ def as_json(config: TrainConfig, topology: Topology, compiled: Compiled) -> dict
         "mesh": dataclasses.asdict(config.mesh),
         "memory": memory,
         "fits": compiled.program is not None,
-        "advice": advice.to_fit(config, topology, compiled),
+        "advice": advice.to_fit(config, topology, compiled, prefix),
         "compile_seconds": compiled.seconds,
     }
     if compiled.program is None:
@@ -81,7 +81,7 @@ def mesh_text(config: TrainConfig) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in sizes if size > 1) or "one device"
 
 
-def _lines(config: TrainConfig, topology: Topology, compiled: Compiled) -> Iterator[str]:
+def _lines(config: TrainConfig, topology: Topology, compiled: Compiled, prefix: str) -> Iterator[str]:
     model, rows = config.model_config, config.micro_batch_size / config.mesh.row_shards
     yield label()
     yield ""
@@ -95,7 +95,7 @@ def _lines(config: TrainConfig, topology: Topology, compiled: Compiled) -> Itera
     if compiled.program is not None:
         yield from _collectives(topology, compiled, compiled.program)
         yield from _time(config, topology, compiled, compiled.program)
-    if changes := advice.to_fit(config, topology, compiled):
+    if changes := advice.to_fit(config, topology, compiled, prefix):
         yield ""
         yield from changes
 

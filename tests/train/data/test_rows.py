@@ -158,3 +158,33 @@ def test_a_token_the_tokenizer_has_not_is_refused(make_shards):
 def test_a_seed_grain_cannot_take_is_refused(make_shards, seed):
     with pytest.raises(ConfigError, match=f"seed={seed}"):
         Rows(make_shards(numbered([50])), sequence_length=4, batch_size=8, seed=seed)
+
+
+def test_rows_that_are_not_whole_are_cut_as_if_documents_ended(make_shards):
+    shards = make_shards(numbered([90, 400]))
+    cut = Rows(shards, sequence_length=12, batch_size=5, seed=3, full_length=0.5, shorter_lengths=(3, 5))
+    whole = Rows(shards, sequence_length=12, batch_size=5, seed=3)
+    found, plain = epoch(cut), epoch(whole)
+    assert (found["tokens"] == plain["tokens"]).all() and (found["targets"] == plain["targets"]).all()
+    lengths = []
+    for row in range(len(found["tokens"])):
+        if END in found["tokens"][row] or plain["segments"][row, -1] == 0:
+            continue
+        starts = np.flatnonzero(found["positions"][row] == 0)
+        size = starts[1] if len(starts) > 1 else 12
+        lengths.append(int(size))
+        place = np.arange(12)
+        assert (found["positions"][row] == place % size).all()
+        assert (found["segments"][row] == place // size + 1).all()
+        assert (found["weights"][row] == ((place % size < size - 1) | (place == 11))).all()
+    assert set(lengths) == {3, 5, 12} and 0.25 < np.mean(np.array(lengths) == 12) < 0.75
+    some = cut.batch(4, slice(1, 3))
+    assert all((some[name] == cut.batch(4)[name][1:3]).all() for name in some), "a row does not depend on the others"
+
+
+def test_a_stream_that_begins_later_has_another_order(make_shards):
+    how = dict(sequence_length=4, batch_size=8, seed=1)
+    base, later = (Rows(make_shards(numbered([200])), first_step=step, **how) for step in (0, 7))
+    assert (base.batch(0)["tokens"] != later.batch(7)["tokens"]).any()
+    with pytest.raises(IndexError):
+        later.batch(6)

@@ -9,7 +9,7 @@ import pytest
 
 from qwen_jax import bindings
 from qwen_jax.errors import ConfigError, FileError
-from train.config import Mesh, TrainConfig
+from train.config import Mesh, Stage, TrainConfig
 from train.plan import __main__ as command
 from train.plan import candidates, estimate, page, search
 from train.plan.compiled import Compiled
@@ -143,3 +143,28 @@ def test_a_folder_that_is_not_there_is_noticed_before_compiling(planned, tmp_pat
     mine.write_text(bindings.render(planned))
     with pytest.raises(FileError, match="there is no folder"):
         command.main([str(mine), "--topology", "v5e:16x16", "--hlo", str(tmp_path / "no" / "hlo")])
+
+
+def test_each_stage_has_its_page_and_a_search_is_of_one(planned, change, tmp_path, monkeypatch, capsys):
+    stage = Stage(from_step=3, sequence_length=32768, batch_size=128, mesh=Mesh(fsdp=64, context=4))
+    (tmp_path / "mine.gin").write_text(bindings.render(change(planned, "stages", (stage,))))
+    peaks = {4096: 0.5, 32768: 1.5}
+    fits_first = lambda config, topology, hlo=None: compiled(config, topology, peak=peaks[config.data.sequence_length])
+    monkeypatch.setattr(command, "compile_step", fits_first)
+    monkeypatch.setattr(command, "check_installed", lambda: None)
+    arguments = [str(tmp_path / "mine.gin"), "--topology", "v5e:16x16"]
+    assert command.main(arguments) == ConfigError.exit_code
+    first, second = capsys.readouterr().out.split("stage 1\n")
+    assert "4,096 tokens per row" in first and "DOES NOT FIT" not in first
+    assert "32,768 tokens per row" in second and "DOES NOT FIT" in second and "--set stages.1.mesh." in second
+    assert command.main([*arguments, "--stage", "0"]) == 0
+    assert capsys.readouterr().out.startswith("compiled, not run")
+    with pytest.raises(ConfigError, match="--search and --hlo are for one stage; choose it with --stage, of 0 to 1"):
+        command.main([*arguments, "--search"])
+    with pytest.raises(ConfigError, match="--stage 2 is not one of this run's, which are 0 to 1"):
+        command.main([*arguments, "--stage", "2"])
+    monkeypatch.setattr(command, "compile_step", compiled)
+    best = tmp_path / "best.gin"
+    assert command.main([*arguments, "--search", "--stage", "1", "--output", str(best)]) == 0
+    found, _ = bindings.resolve(TrainConfig, bindings.read(best))
+    assert found.mesh == planned.mesh and math.prod(dataclasses.astuple(found.stages[0].mesh)) == 256
