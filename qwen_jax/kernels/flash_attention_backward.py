@@ -3,11 +3,13 @@
 
 A block of keys stays in VMEM, with the float32 sums of its gradients, while all blocks of queries pass. So a block as
 long as the sequence needs nothing in HBM but the gradients themselves; of a longer one, each block of keys leaves its
-part of dq, to be summed.
+part of dq, to be summed. As many parts as there are blocks would grow with the square of the length: so a long sequence
+is taken in slabs of a few blocks of keys, one after the other.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -28,6 +30,9 @@ from qwen_jax.kernels.flash_attention_forward import (
     specs,
 )
 from qwen_jax.kernels.tiles import Scalars, Tiles, Visit, query_blocks, segment_runs, visit
+
+# Blocks of keys in a slab, and parts of dq there are at a time: 1 GiB of them at most for 8 heads of 32768 queries.
+SLAB = 8
 
 
 class _Refs(NamedTuple):
@@ -133,9 +138,36 @@ def backward(
     *, tiles: Tiles, scale: float, interpret: bool,
 ):  # fmt: skip
     """dq, dk and dv; arguments as of `forward`, its results, and their cotangents."""
+    size = SLAB * tiles.block_kv
+    rows = _row_constants(tiles, out, lse, dout, dlse)
+    per_query = (window, query_scale, query_segments, dout, *rows)
+
+    def slab(start, keys, sums):
+        """The sums, with what the keys from `start` on give."""
+        part = lambda x: None if x is None else jax.lax.dynamic_slice_in_dim(x, start, keys, axis=2)
+        own = dataclasses.replace(tiles, keys=keys)
+        arrays = (q, part(k), part(v), offsets - start, part(key_segments), *per_query)
+        parts, *gradients = _slab(*arrays, tiles=own, scale=scale, interpret=interpret)
+        put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=2)
+        return sums[0] + parts.sum(axis=0), *map(put, sums[1:], gradients)
+
+    if tiles.keys <= size:
+        parts, dk, dv = _slab(q, k, v, offsets, key_segments, *per_query, tiles=tiles, scale=scale, interpret=interpret)
+        return parts.sum(axis=0).astype(q.dtype), dk, dv
+    whole, rest = divmod(tiles.keys, size)
+    sums = jnp.zeros(q.shape, jnp.float32), jnp.zeros_like(k), jnp.zeros_like(v)
+    sums = jax.lax.fori_loop(0, whole, lambda i, sums: slab(i * size, size, sums), sums)
+    dq, dk, dv = slab(whole * size, rest, sums) if rest else sums
+    return dq.astype(q.dtype), dk, dv
+
+
+def _slab(
+    q, k, v, offsets, key_segments, window, query_scale, query_segments, dout, lse, delta,
+    *, tiles: Tiles, scale: float, interpret: bool,
+):  # fmt: skip
+    """The parts of dq that blocks of keys leave, in float32 if there are several, and dk and dv."""
     batch, kv_heads, group, _, dim = q.shape
     runs = None if query_segments is None else segment_runs(tiles, query_segments[:, 0], key_segments[:, 0])
-    lse, delta = _row_constants(tiles, out, lse, dout, dlse)
 
     def place(b, h, j, g, i, *scalars):
         # Where nothing is seen nothing is loaded, but for the block that comes next.
@@ -147,7 +179,7 @@ def backward(
         (None, None, None, tiles.heads, tiles.tokens, dim), lambda b, h, j, g, i, *_: (j, b, h, g, i, 0)
     )
     sums = [(dim, tiles.rows), (tiles.block_kv, dim), (tiles.block_kv, dim)]
-    dq, dk, dv = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_kernel, tiles=tiles, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
@@ -173,4 +205,3 @@ def backward(
         name="flash_attention_backward",
         interpret=interpret,
     )(offsets, window, runs, q, k, v, query_scale, query_segments, key_segments, dout, lse, delta)
-    return dq.sum(axis=0).astype(q.dtype), dk, dv

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen_jax.kernels import flash_attention_backward
 from qwen_jax.kernels.blocks import Blocks
 from qwen_jax.kernels.flash_attention import flash_attention
 from qwen_jax.kernels.reference import reference
@@ -209,6 +210,16 @@ def test_any_shape_equals_the_formula(queries, keys, heads, dim, offset, window,
     qkv = arrays(queries, keys, *heads, dim, batch=1)
     masks = dict(query_offset=offset) | ({} if window is None else dict(window=window))
     assert_close(results(attend, qkv, **masks), results(reference, qkv, **masks))
+
+
+def test_many_keys_go_through_the_backward_pass_in_slabs(monkeypatch):
+    """Two whole slabs and a rest, which is no multiple of a block."""
+    monkeypatch.setattr(flash_attention_backward, "SLAB", 1)
+    qkv = arrays(130, 600, 2, 1, 64)
+    masks = every_mask(130, 600, ids=packed(600, 2, padding=5), query_offset=[470, 300])
+    found = results(functools.partial(kernel), qkv, **masks)
+    assert_close(found, results(reference, qkv, **masks))
+    assert all(np.abs(found[name]).max() > 0 for name in ("dq", "dk", "dv"))
 
 
 def test_bfloat16_sums_in_float32():

@@ -61,8 +61,7 @@ def of_program(config: TrainConfig, topology: Topology, compiled: Compiled) -> E
         raise ValueError("a step that does not fit has no program to estimate")
     compute = (program.matmul_cycles + program.other_cycles) / topology.chip.clock
     if program.kernels:
-        forward = program.kernels["flash_attention_forward"] / program.kernels["flash_attention_backward"]
-        compute += _attention(config, topology, forward=forward)
+        compute += _attention(config, topology)
     # How long the loop over the rows of experts is, the compiler cannot know.
     experts = _per_device(config, formulas.executed_expert_flops(config.model_config))
     compute += experts / topology.flops / KERNEL_EFFICIENCY
@@ -101,8 +100,7 @@ def by_formula(config: TrainConfig, topology: Topology) -> Estimate:
     gradient = formulas.F32 * formulas.held_parameters(config)
     data = 2 * gradient * (mesh.data - 1) / mesh.data / rate["data"]
     compute = _per_device(config, formulas.executed_matmul_flops(config)) / topology.flops
-    # Only without remat is what the forward kernel gave still there.
-    compute += _attention(config, topology, forward=1 if config.remat == "none" else 2)
+    compute += _attention(config, topology)
     return _estimate(config, topology, compute=compute, overlapped=fsdp, exposed=tensor + context + expert + data)
 
 
@@ -125,8 +123,11 @@ def _estimate(
     )
 
 
-def _attention(config: TrainConfig, topology: Topology, *, forward: float) -> float:
+def _attention(config: TrainConfig, topology: Topology) -> float:
     """Seconds of a step's attention kernels."""
+    # Only without remat is what the forward kernel gave still there. How often the backward kernel runs says nothing:
+    # it takes the keys of a long sequence in several runs.
+    forward = 1 if config.remat == "none" else 2
     flops = _per_device(config, formulas.executed_attention_flops(config, forward=forward))
     return flops / topology.flops / KERNEL_EFFICIENCY
 
