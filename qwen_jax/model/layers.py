@@ -25,8 +25,7 @@ class Linear(nn.Module):
     bias: bool = False
     scale: float = 1.0
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def setup(self) -> None:
         xs, ws, _ = letters(self.pattern)
         ins = tuple(i for i, letter in enumerate(ws) if letter in xs)
         outs = tuple(i for i, letter in enumerate(ws) if letter not in xs)
@@ -34,14 +33,19 @@ class Linear(nn.Module):
             self.scale, "fan_in", "truncated_normal", in_axis=ins, out_axis=outs
         )
         split = sharding.weight(ws, self.shape)
-        w = self.param("w", lambda key: kernel(key, self.shape, self.param_dtype, out_sharding=split))
-        y = contract(self.pattern, x, w)
+        self.w = self.param("w", lambda key: kernel(key, self.shape, self.param_dtype, out_sharding=split))
         if self.bias:
             shape = tuple(self.shape[i] for i in outs)
-            split = sharding.gathered("".join(ws[i] for i in outs), shape)
-            b = self.param("b", lambda key: jnp.zeros(shape, self.param_dtype, out_sharding=split))
-            y = y + b.astype(y.dtype)
-        return y
+            whole = sharding.gathered("".join(ws[i] for i in outs), shape)
+            self.b = self.param("b", lambda key: jnp.zeros(shape, self.param_dtype, out_sharding=whole))
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        y = contract(self.pattern, x, self.w)
+        return y + self.b.astype(y.dtype) if self.bias else y
+
+    def weight(self) -> Float[Array, "..."]:
+        """w alone, as it is stored."""
+        return self.w
 
 
 class RMSNorm(nn.Module):

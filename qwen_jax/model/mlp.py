@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.model.layers import Linear
+from qwen_jax.ops.mlp import in_pieces, mlp
 
 
 class MLP(nn.Module):
@@ -20,7 +21,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c, dtype = self.config, jnp.dtype(self.config.param_dtype)
-        gate = Linear("btd,fd->btf", (self.width, c.width), dtype, name="gate")(x)
-        up = Linear("btd,fd->btf", (self.width, c.width), dtype, name="up")(x)
+        gate = Linear("btd,fd->btf", (self.width, c.width), dtype, name="gate")
+        up = Linear("btd,fd->btf", (self.width, c.width), dtype, name="up")
         down = Linear("btf,df->btd", (c.width, self.width), dtype, scale=0.5 / c.num_layers, name="down")
-        return down(jax.nn.silu(gate) * up)
+        if in_pieces(x):
+            return mlp(x, gate.weight(), up.weight(), down.weight())
+        return down(jax.nn.silu(gate(x)) * up(x))
