@@ -31,6 +31,8 @@ TEXT = """\
 - step: a roofline over the compiler's cycles, attention at half of the peak rate, and the links;
 - MFU: causal attention counts half, recomputation nothing.
 
+Of a run with stages the row is its last one, which needs the most.
+
 `python benchmarks/tpu_configs.py` writes this page; `python -m train.plan CONFIG.gin --topology v5e-256` says more of
 one run. All are pretraining, the one objective there is today.
 
@@ -51,9 +53,9 @@ def runs() -> list[Path]:
 
 
 def load(path: Path) -> tuple[TrainConfig, Topology]:
-    """A run, and the chips in its name."""
+    """A run as it is in its last stage, and the chips in its name."""
     config, _ = bindings.resolve(TrainConfig, bindings.read(path))
-    return config, parse("-".join(path.stem.split("-")[-2:]))
+    return config.stage_configs[-1][1], parse("-".join(path.stem.split("-")[-2:]))
 
 
 def settings(path: Path) -> list[str]:

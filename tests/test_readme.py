@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 CONFIG = next(text for _, text in BLOCKS if text.startswith("run_dir"))
+STAGE = next(text for _, text in BLOCKS if text.startswith("stages."))
 LINES = [line for _, text in BLOCKS for line in text.splitlines()]
 
 
@@ -34,6 +35,9 @@ def test_the_config_is_one(tmp_path):
     config, _ = bindings.resolve(TrainConfig, bindings.read(file))
     assert config.model_config.width == zoo.published("Qwen2.5-0.5B").width
     assert config.mesh.fsdp == 8
+    file.write_text(CONFIG + STAGE)
+    (_, first), (_, last) = bindings.resolve(TrainConfig, bindings.read(file))[0].stage_configs
+    assert (first, last.data.sequence_length) == (config, 32768)
 
 
 @pytest.mark.parametrize("words", commands("python -m train"))

@@ -26,4 +26,5 @@ class MLP(nn.Module):
         down = Linear("btf,df->btd", (c.width, self.width), dtype, scale=0.5 / c.num_layers, name="down")
         if in_pieces(x):
             return mlp(x, gate.weight(), up.weight(), down.weight())
-        return down(jax.nn.silu(gate(x)) * up(x))
+        gated, raised = gate(x), up(x)
+        return down(jax.nn.silu(gated) * raised)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from qwen_jax import bindings
+from train.config import TrainConfig
 from train.plan import compiled
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,7 @@ def test_every_size_on_every_chip():
     for size in ("0.5b", "7b", "72b"):
         for chip in ("v5e", "v5p", "v6e"):
             assert any(name.startswith(f"qwen2.5-{size}-{chip}-") for name in there), (size, chip)
-    assert {"qwen2.5-7b-32k-v5e-256", "qwen2.5-72b-32k-v5p-256"} <= there
+    assert {"qwen2.5-7b-32k-v5e-256", "qwen2.5-72b-32k-v5p-256", "qwen2.5-7b-long-v5p-256"} <= there
 
 
 def test_every_other_file_is_included():
@@ -57,9 +58,10 @@ def test_every_other_file_is_included():
 
 @every_run
 def test_a_run_is_what_its_file_is_called(path):
-    config, topology = tpu_configs.load(path)
+    last, topology = tpu_configs.load(path)
+    config, _ = bindings.resolve(TrainConfig, bindings.read(path))
     assert math.prod(astuple(config.mesh)) == topology.num_devices
-    length = {4096: "", 32768: "-32k"}[config.data.sequence_length]
+    length = {4096: "", 32768: "-32k", 262144: "-long"}[last.data.sequence_length]
     chips = f"{topology.chip.name}-{topology.num_chips * topology.chip.cores}"
     assert path.stem == f"{config.model.name.lower()}{length}-{chips}"
     assert config.run_dir == f"runs/{path.stem}"
