@@ -186,7 +186,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """A trace of `steps` steps (0: none), after the first `skip` of each start, in the run directory's `profile`."""
+    """A trace of `steps` steps (0: none), after the first `skip` of each start and stage, in the run's `profile`."""
 
     steps: int = 0
     skip: int = 5

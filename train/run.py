@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from qwen_jax.errors import ConfigError, DataError, NumericalError
+from qwen_jax.errors import ConfigError, DataError, FileError, NumericalError
 from qwen_jax.sharding import make_mesh
 from qwen_jax.weights.checkpoint import Checkpoint, Checkpoints
 from train import directory as run_directory
@@ -62,33 +62,39 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
         if resume and checkpoint is None:
             raise ConfigError(f"--resume wants a checkpoint in {directory}, and there is none; leave --resume out")
 
-        # What a step cannot do it says while it is traced: now, and not after hours of preparing data.
-        for _, stage in config.stage_configs:
+        # Stages that are left; a run without any is one. What its step cannot do a stage says while it is traced: now,
+        # and not after hours of preparing data.
+        done = checkpoint.step if checkpoint else 0
+        stages = {n: each for n, each in enumerate(config.stage_configs) if done <= each[0].stop}
+        for _, stage in stages.values():
             trace(stage)
 
         # Data
         corpus = prepare(config.data, directory, seed=config.seed, report=report.line, is_writer=first_host)
         check_corpus(corpus, config, checkpoint)
-        streams = [stream(corpus.train, steps, stage) for steps, stage in config.stage_configs]
+        streams = [stream(corpus.train, steps, stage) for steps, stage in stages.values()]
 
         # Files
         files = {"config.gin": text.encode(), "tokenizer.json": corpus.tokenizer.to_bytes()}
         if first_host:
             run_directory.write(directory, files)
-        done = checkpoint.step if checkpoint else 0
         record = Record(directory, step=done, tokens_after=config.tokens_after, warn=report.warn, writes=first_host)
         stack.callback(record.close)
 
-        # Stages: each goes on from the checkpoint that the one before has left, as if the run had been stopped there.
+        # Each goes on from the checkpoint that the one before has left, as if the run had been stopped there.
         shared = Shared(directory, corpus, files, checkpoints, record, report, stack.enter_context(Stop()))
-        for number, ((steps, stage), rows) in enumerate(zip(config.stage_configs, streams, strict=True)):
-            if steps.stop < done:
-                continue
+        for (number, (steps, stage)), rows in zip(stages.items(), streams, strict=True):
+            if done < steps.start:
+                checkpoint = checkpoints.latest_valid()
+                if checkpoint is None or checkpoint.step != steps.start:
+                    raise FileError(
+                        f"the checkpoint of step {steps.start} in {directory} cannot be read back; the same command "
+                        f"goes on from the newest that can"
+                    )
             if config.stages:
-                report.fact("stage", f"{number} of 0 to {len(config.stages)}: up to step {steps.stop:,}")
+                report.fact("stage", f"{number} of 0 to {len(config.stages)}, up to step {steps.stop:,}")
             if exit_code := train_stage(steps, stage, rows, checkpoint, shared):
                 return exit_code
-            checkpoint = checkpoints.latest_valid()
     return 0
 
 

@@ -112,7 +112,7 @@ def test_stages_follow_each_other_and_resume_bit_for_bit(config, change, tmp_pat
     broken = change(config, "run_dir", str(tmp_path / "broken"))
     assert run(config) == 0
     shown = capsys.readouterr()
-    assert "1 of 0 to 1: up to step 6" in shown.err and shown.out.count("bits per byte") == 1
+    assert "1 of 0 to 1, up to step 6" in shown.err and shown.out.count("bits per byte") == 1
     for stop_in in (2, 4):
         with when_step(stop_in, lambda: os.kill(os.getpid(), signal.SIGTERM)):
             assert run(broken) == SAVED_PLEASE_RESTART

@@ -18,8 +18,8 @@ class Rows:
     (Grain's index shuffle), cut into batches without regard to epochs. Without it they come once, in order, and the
     last batch is filled with rows of weight 0.
 
-    Of a stream, `full_length` is the fraction of rows that stay whole. Every other is cut into pieces of one of
-    `shorter_lengths`, each as likely: as if a document ended there, but that nothing is added and one target is lost.
+    Of rows, `full_length` is the fraction that stays whole. Every other is cut into pieces of one of `shorter_lengths`,
+    each as likely, as if documents ended there: a function of seed and row, at the price of one target for each cut.
 
     `first_step` is the number of the first batch; streams that begin at different steps have different orders.
 
@@ -101,8 +101,7 @@ class Rows:
 def _label(window: np.ndarray, num_targets: np.ndarray, end_of_text: int, pieces: np.ndarray) -> dict[str, np.ndarray]:
     """The batch of rows of T+1 tokens; in each row the first `num_targets` [b, 1] targets are real.
 
-    A row ends only after T tokens, and inside it documents end at their last token, and at each multiple of its
-    `pieces` [b, 1].
+    Inside a row a document ends with its end of text, and wherever a multiple of `pieces` [b, 1] tokens is full.
     """
     tokens, targets = window[:, :-1], window[:, 1:]
     index = np.arange(tokens.shape[1], dtype=np.int32)
