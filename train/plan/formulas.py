@@ -14,6 +14,10 @@ BF16, F32 = 2, 4
 # Of the forward kernel's work: it has two products, and the backward kernel five, the first of them the scores again.
 _ATTENTION_BACKWARD = 2.5
 
+# Tokens of a piece of the MLP, which a device with more than two of them computes one by one, and again backward. A
+# copy of `qwen_jax.ops.mlp.PIECE`, since importing that would load jax.
+MLP_PIECE = 8192
+
 # Logits of one chunk of the loss, and its gradient.
 _LOSS_CHUNK = 2 * 128 * 2**20
 
@@ -66,11 +70,21 @@ def train_flops(config: ModelConfig, length: int) -> float:
     return 3 * (2 * matmul_parameters(config) + attention_flops(config, length))
 
 
+def tokens_of_device(config: TrainConfig) -> float:
+    """Tokens that go through the model at once on one device."""
+    mesh = config.mesh
+    return config.micro_batch_size * config.data.sequence_length / (mesh.row_shards * mesh.context)
+
+
 def executed_matmul_flops(config: TrainConfig) -> float:
     """Operations per token of a step's products with weights, with what its backward pass recomputes."""
     model = config.model_config
     elsewhere = matmul_parameters(model, experts=0)
-    recomputed = 2 * (elsewhere - model.vocab_size * model.width) if config.remat == "full" else 0
+    recomputed = 0
+    if config.remat == "full":
+        recomputed = 2 * (elsewhere - model.vocab_size * model.width)
+    elif tokens_of_device(config) > 2 * MLP_PIECE:  # gate and up
+        recomputed = 2 * 2 * model.width * _mlp_width(model) * model.num_layers
     return 6 * elsewhere + recomputed + executed_expert_flops(model)
 
 
@@ -96,14 +110,14 @@ def state_bytes(config: TrainConfig) -> float:
 
 def activation_bytes(config: TrainConfig) -> float:
     """Bytes per device that the backward pass finds, and of the weights that are gathered at a time."""
-    model, mesh = config.model_config, config.mesh
+    model, mesh, tokens = config.model_config, config.mesh, tokens_of_device(config)
     heads, kv = model.num_heads * model.head_dim / mesh.tensor, model.num_kv_heads * model.head_dim / mesh.tensor
-    mlp = (model.moe.shared_width if model.moe else model.mlp_width) / mesh.tensor
+    mlp = _mlp_width(model) / mesh.tensor
+    pieces = tokens > 2 * MLP_PIECE
     # Products: queries and what attention makes of them, keys and values, gate and up, and both outputs.
-    products = 2 * heads + 2 * kv + 2 * mlp + 2 * model.width
+    products = 2 * heads + 2 * kv + (0 if pieces else 2 * mlp) + 2 * model.width
     saved = {"full": model.width, "dots": model.width + products, "none": 8 * model.width + 2 * products}
     working = 4 * model.width + 2 * products
-    tokens = config.micro_batch_size * config.data.sequence_length / (mesh.row_shards * mesh.context)
     layer = (2 * model.width * (heads + kv) + 3 * model.width * mlp) * (BF16 + F32)
     if moe := model.moe:
         layer += 3 * model.width * moe.expert_width / mesh.tensor * moe.num_experts / mesh.expert * (BF16 + F32)
@@ -112,12 +126,18 @@ def activation_bytes(config: TrainConfig) -> float:
     # The loss holds the whole output head along fsdp, and its gradient.
     head = model.vocab_size * model.width / mesh.tensor * (BF16 + BF16)
     by_token = tokens * BF16 * (model.num_layers * saved[config.remat] + working)
-    return by_token + layer + head + _LOSS_CHUNK
+    piece = MLP_PIECE * BF16 * 4 * mlp if pieces else 0
+    return by_token + piece + layer + head + _LOSS_CHUNK
 
 
 def train_bytes(config: TrainConfig) -> float:
     """Bytes per device at the peak of a training step."""
     return state_bytes(config) + activation_bytes(config)
+
+
+def _mlp_width(model: ModelConfig) -> int:
+    """Of the MLP that every token goes through."""
+    return model.moe.shared_width if model.moe else model.mlp_width
 
 
 def kv_bytes(config: ModelConfig) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from qwen_jax import zoo
+from qwen_jax.ops import mlp
 from train.config import Mesh, Zoo
 from train.plan import formulas
 
@@ -43,6 +44,17 @@ def test_recomputation_costs_work_and_saves_memory(planned, change):
     assert matmul[0] + 3 * attention == formulas.train_flops(none.model_config, 4096)
     assert matmul[0] == matmul[1] < matmul[2] < 4 / 3 * matmul[0]  # the output head is not computed again
     assert formulas.train_bytes(none) > formulas.train_bytes(dots) > formulas.train_bytes(full)
+
+
+def test_the_mlp_of_a_long_row_takes_no_memory_by_token(planned, change):
+    assert formulas.MLP_PIECE == mlp.PIECE
+    long = change(change(planned, "data.sequence_length", 131072), "remat", "none")
+    short = change(long, "data.sequence_length", 4096)
+    by_token = lambda config: formulas.activation_bytes(config) / formulas.tokens_of_device(config)
+    assert by_token(long) < by_token(short) - 2 * 28 * 2 * 18944
+    # Gate and up of 28 layers once more.
+    extra = formulas.executed_matmul_flops(long) - formulas.executed_matmul_flops(short)
+    assert extra == 2 * 2 * 3584 * 18944 * 28
 
 
 def test_state_is_four_numbers_per_parameter(planned):
