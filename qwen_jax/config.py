@@ -98,6 +98,40 @@ class Yarn:
         return int(self.factor * self.original_positions)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DualChunk:
+    """Dual chunk attention (An et al., 2024): at any length no two tokens seem further apart than `chunk_size`.
+
+    A sequence is cut into chunks of `chunk_size - local_size` tokens, and keys turn by their place in the chunk.
+    Queries turn in one way for keys of their own chunk, in another for those of the chunk before, in a third for
+    earlier ones: distances up to `local_size + 1`, and all within a chunk, are true. While `local_size` is less than a
+    chunk, rows of up to `chunk_size + 1` tokens have plain attention.
+
+    Past `original_positions` queries and keys are multiplied by `0.1 ln(length / original_positions) + 1`; 0 for never.
+    """
+
+    chunk_size: int
+    local_size: int
+    original_positions: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.local_size < self.chunk_size:
+            raise ConfigError(
+                f"local_size={self.local_size} must be above 0 and below chunk_size={self.chunk_size} (Qwen2.5-1M has "
+                f"8192 and 262144)"
+            )
+        if self.original_positions < 0:
+            raise ConfigError(
+                f"original_positions={self.original_positions} must be the length before it was extended, or 0 to "
+                f"leave scores alone at any length"
+            )
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk."""
+        return self.chunk_size - self.local_size
+
+
 def _check_factor(factor: float) -> None:
     if not 1 <= factor < math.inf:
         raise ConfigError(f"factor={factor} must be at least 1: how many times longer sequences become")
@@ -108,7 +142,7 @@ def _check_original_positions(positions: int) -> None:
         raise ConfigError(f"original_positions={positions} must be at least 1: the length before it was extended")
 
 
-Scaling = Linear | DynamicNTK | QwenNTK | Yarn
+Scaling = Linear | DynamicNTK | QwenNTK | Yarn | DualChunk
 _KINDS = {kind.__name__: kind for kind in get_args(Scaling)}
 
 
@@ -128,7 +162,9 @@ class Rope:
 
     @property
     def by_length(self) -> bool:
-        """Whether the rotation at a position depends on how long its sequence is."""
+        """Whether what becomes of a query or key depends on how long its sequence is."""
+        if isinstance(self.scaling, DualChunk):
+            return self.scaling.original_positions > 0
         return isinstance(self.scaling, DynamicNTK | QwenNTK)
 
 
@@ -237,7 +273,7 @@ class ModelConfig:
             raise ConfigError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
-        if self.rope.by_length and self.head_dim == 2:
+        if isinstance(self.rope.scaling, DynamicNTK | QwenNTK) and self.head_dim == 2:
             raise ConfigError("head_dim=2 has one pair, and NTK scaling slows every pair but the first; take 4 or more")
         if self.logn < 0 or self.logn == 1:
             raise ConfigError(f"logn={self.logn} must be the training length, at least 2, or 0 for plain attention")
@@ -251,6 +287,9 @@ class ModelConfig:
             )
         if any(w < 0 for w in self.windows):
             raise ConfigError(f"windows={self.windows} must not be negative; 0 means every earlier key")
+        if isinstance(self.rope.scaling, DualChunk) and (self.logn or any(self.windows)):
+            name = "logn" if self.logn else "windows"
+            raise ConfigError(f"{name}={getattr(self, name)} and DualChunk cannot be combined; no model has both")
 
     @property
     def num_parameters(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 
-from qwen_jax.config import ModelConfig, Moe, QwenNTK, Rope
+from qwen_jax.config import DualChunk, ModelConfig, Moe, QwenNTK, Rope
 from qwen_jax.errors import ConfigError
 
 # fmt: off
@@ -88,8 +88,7 @@ _RELEASES = (
     ("Qwen2.5-{}",                _QWEN2, "1.5B 7B",                            1e6,  131072,   1e-6),
     ("Qwen2.5-{}",                _QWEN2, "14B 32B 72B",                        1e6,  131072,   1e-5),
     ("Qwen2.5-{}-Instruct",       _QWEN2, "0.5B 1.5B 3B 7B 14B 32B 72B",        1e6,   32768,   1e-6),
-    # published as 1010000 with dual chunk attention, which is plain attention up to 262144 + 1 tokens
-    ("Qwen2.5-{}-Instruct-1M",    _QWEN2, "7B 14B",                             1e7,  262144,   1e-5),
+    ("Qwen2.5-{}-Instruct-1M",    _QWEN2, "7B 14B",                             1e7, 1010000,   1e-5),
     ("Qwen2.5-Coder-{}",          _QWEN2, "0.5B 1.5B 3B 7B",                    1e6,   32768,   1e-6),
     ("Qwen2.5-Coder-{}",          _QWEN2, "14B 32B",                            1e6,   32768,   1e-5),
     ("Qwen2.5-Coder-{}-Instruct", _QWEN2, "0.5B 1.5B 3B 7B 14B 32B",            1e6,   32768,   1e-6),
@@ -163,6 +162,12 @@ def _extended(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, max_position=ntk.reach, rope=rope, logn=ntk.original_positions)
 
 
+def _chunked(config: ModelConfig) -> ModelConfig:
+    """With dual chunk attention, as the models of a million tokens were published: trained for 262144."""
+    chunks = DualChunk(chunk_size=262144, local_size=8192, original_positions=262144)
+    return dataclasses.replace(config, rope=dataclasses.replace(config.rope, scaling=chunks))
+
+
 _ZOO = {
     name.format(size): _config(
         shapes[size], theta=theta, max_position=max_position, norm_eps=norm_eps, qk_norm=name.startswith("Qwen3-")
@@ -171,3 +176,4 @@ _ZOO = {
     for size in sizes.split()
 }
 _ZOO |= {name: _extended(_ZOO[name]) for name in _ZOO if name.startswith("Qwen-") and "72B" not in name}
+_ZOO |= {name: _chunked(_ZOO[name]) for name in _ZOO if name.endswith("-1M")}

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
 import pytest
 
 from qwen_jax import zoo
-from qwen_jax.config import DynamicNTK, Linear, ModelConfig, Moe, QwenNTK, Rope, Yarn
+from qwen_jax.config import DualChunk, DynamicNTK, Linear, ModelConfig, Moe, QwenNTK, Rope, Yarn
 from qwen_jax.errors import ConfigError, ModelError
 from tests.conftest import tiny_config
 
 MOE = dict(num_experts=4, top_k=2, expert_width=8, shared_width=0, normalize_top_k=True)
 YARN = dict(factor=4.0, original_positions=50, beta_fast=32.0, beta_slow=1.0, attention_factor=1.1)
+CHUNKS = DualChunk(chunk_size=20, local_size=8, original_positions=9)
 SCALINGS = [
     Linear(factor=2.5), DynamicNTK(factor=2.0, original_positions=9), QwenNTK(original_positions=9), Yarn(**YARN),
+    CHUNKS,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("scaling", [None, *SCALINGS])
 def test_json_there_and_back(scaling):
-    config = tiny_config(rope=Rope(theta=77.0, scaling=scaling), logn=5)
+    config = tiny_config(rope=Rope(theta=77.0, scaling=scaling), logn=0 if scaling == CHUNKS else 5)
     assert ModelConfig.from_json(config.to_json()) == config
 
 
@@ -52,6 +55,19 @@ def test_a_broken_scaling_is_refused(scaling):
         (lambda: Yarn(**YARN | dict(beta_slow=32.0)), "beta_slow=32.0 must be above 0 and below beta_fast=32.0"),
         (lambda: Yarn(**YARN | dict(beta_slow=0.0)), "beta_slow=0.0 must be above 0"),
         (lambda: Yarn(**YARN | dict(attention_factor=0.0)), "attention_factor=0.0 must be above 0"),
+        *(
+            (
+                lambda s=size: DualChunk(chunk_size=8, local_size=s, original_positions=9),
+                f"local_size={size} must be above",
+            )
+            for size in (-1, 0, 8)
+        ),
+        (lambda: dataclasses.replace(CHUNKS, original_positions=-1), "original_positions=-1 must be the length"),
+        (
+            lambda: tiny_config(rope=Rope(theta=9.0, scaling=CHUNKS), windows=(0, 5, 5)),
+            r"windows=\(0, 5, 5\) and DualChunk cannot be combined",
+        ),
+        (lambda: tiny_config(rope=Rope(theta=9.0, scaling=CHUNKS), logn=5), "logn=5 and DualChunk cannot be combined"),
         (lambda: tiny_config(logn=1), "logn=1 must be the training length"),
         (lambda: tiny_config(logn=-5), "logn=-5 must be the training length"),
         (

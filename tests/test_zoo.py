@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from qwen_jax import zoo
-from qwen_jax.config import ModelConfig, QwenNTK
+from qwen_jax.config import DualChunk, ModelConfig, QwenNTK
 from qwen_jax.errors import ConfigError
 
 # Worked out from the published shapes without this code; each rounds to the size on the model's card.
@@ -117,7 +117,7 @@ def test_variants_differ_from_their_base_only_in_what_training_changed():
         ("Qwen2.5-1.5B", 1e6, 131072, 1e-6),
         ("Qwen2.5-32B", 1e6, 131072, 1e-5),
         ("Qwen2.5-32B-Instruct", 1e6, 32768, 1e-6),
-        ("Qwen2.5-7B-Instruct-1M", 1e7, 262144, 1e-5),
+        ("Qwen2.5-7B-Instruct-1M", 1e7, 1010000, 1e-5),
         ("Qwen2.5-Coder-32B", 1e6, 32768, 1e-5),
         ("Qwen2.5-Coder-32B-Instruct", 1e6, 32768, 1e-6),
         ("Qwen2.5-Math-7B", 1e4, 4096, 1e-6),
@@ -136,11 +136,14 @@ def test_only_qwen3_normalises_queries_and_keys_and_only_it_has_no_bias():
         assert config.qk_norm == (not config.qkv_bias) == name.startswith("Qwen3-")
 
 
-def test_all_of_qwen1_but_the_largest_has_dynamic_ntk_and_logn_attention():
+def test_all_of_qwen1_but_the_largest_has_dynamic_ntk_and_logn_attention_and_1m_dual_chunks():
     for name in zoo.names():
         config, trained = zoo.published(name), 2048 if "14B" in name else 8192
-        scaling = QwenNTK(original_positions=trained) if name.startswith("Qwen-") and "72B" not in name else None
-        assert (config.rope.scaling, config.logn) == (scaling, trained if scaling else 0), name
+        extended = name.startswith("Qwen-") and "72B" not in name
+        scaling = QwenNTK(original_positions=trained) if extended else None
+        if name.endswith("-1M"):
+            scaling = DualChunk(chunk_size=262144, local_size=8192, original_positions=262144)
+        assert (config.rope.scaling, config.logn) == (scaling, trained if extended else 0), name
 
 
 @pytest.mark.parametrize(("wrong", "near"), [("Qwen2.5-7b", "Qwen2.5-7B"), ("qwen3-0.6b", "Qwen3-0.6B")])

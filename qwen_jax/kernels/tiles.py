@@ -92,6 +92,11 @@ def kv_blocks(tiles: Tiles, scalars: Scalars, batch, query_block):
     position = scalars.offsets[batch] + query_block * tiles.tokens
     first = _divide(position - scalars.width() + 1, tiles.block_kv)
     last = _divide(position + tiles.tokens - 1, tiles.block_kv)
+    if scalars.runs is not None:
+        skipped, dropped = scalars.runs[0, batch, query_block], scalars.runs[1, batch, query_block]
+        per_block = tiles.block_kv // tiles.chunk
+        first = jnp.maximum(first, _divide(skipped, per_block))
+        last = jnp.minimum(last, _divide(tiles.chunks - dropped - 1, per_block))
     return jnp.maximum(first, 0), jnp.minimum(last, tiles.kv_blocks - 1)
 
 

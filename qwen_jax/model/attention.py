@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import DualChunk, ModelConfig
 from qwen_jax.model.cache import LayerCache, write
 from qwen_jax.model.layers import Linear, RMSNorm
 from qwen_jax.ops.attention import Implementation, attention
+from qwen_jax.ops.dual_chunk import dual_chunk_attention
 from qwen_jax.ops.mask import Mask
 from qwen_jax.ops.rope import Rotation, rotate
 
@@ -32,13 +33,18 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, dtype, name="q_norm")(q)
             k = RMSNorm(c.norm_eps, dtype, name="k_norm")(k)
-        q, k, v = rotate(q, rotation), rotate(k, rotation).swapaxes(1, 2), v.swapaxes(1, 2)
+        q, *afar = (rotate(q, by) for by in (rotation, *rotation.afar))
+        k, v = rotate(k, rotation).swapaxes(1, 2), v.swapaxes(1, 2)
         if rotation.logn is not None:
             q = q * rotation.logn
         if cache is not None:
             cache = write(cache, k, v, mask.query_positions)
             k, v = cache.k, cache.v
-        y = attention(q, k, v, mask, implementation=self.implementation)
+        if isinstance(c.rope.scaling, DualChunk):
+            chunk = c.rope.scaling.chunk
+            y = dual_chunk_attention((q, *afar), k, v, mask, chunk=chunk, implementation=self.implementation)
+        else:
+            y = attention(q, k, v, mask, implementation=self.implementation)
         # As in Qwen1: what is added to the residual stream starts smaller the more layers add to it.
         o_shape, scale = (c.width, c.num_heads, c.head_dim), 0.5 / c.num_layers
         return Linear("btnh,dnh->btd", o_shape, dtype, scale=scale, name="o")(y), cache

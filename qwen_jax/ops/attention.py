@@ -10,6 +10,7 @@ auto        the fastest that can honour the request where it runs
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, cast
 
 import jax
@@ -42,9 +43,21 @@ def attention(
     Scores, softmax and sums are float32; probabilities take q's dtype for the product with v. Queries may be split
     over `context`; keys and values are gathered along it. Raises ConfigError if the implementation cannot do this.
     """
-    name = _choose(implementation, q, mask)
+    bodies = {"reference": reference, "xla": _xla, "pallas": _pallas, "cudnn": _cudnn}
+    return on_each_device(bodies[choose(implementation, q, mask)], q, k, v, mask)
+
+
+def on_each_device(
+    body: Callable[..., Float[Array, "B T N H"]],
+    q: Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], ...],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: Mask,
+) -> Float[Array, "B T N H"]:
+    """`body(q, k, v, mask)` of what each device has, with all the keys that its queries may see."""
     k, v = _one_kv_head_per_device(k), _one_kv_head_per_device(v)
-    queries, keys = sharding.activation("btnh", q.shape), sharding.activation("bksh", k.shape)
+    queries = sharding.activation("btnh", jax.tree.leaves(q)[0].shape)
+    keys = sharding.activation("bksh", k.shape)
     by_query, by_key = P(*queries[:2]), P(queries[0], None)
     specs = dataclasses.replace(
         mask,
@@ -55,28 +68,23 @@ def attention(
         window=None if mask.window is None else P(),
     )
     # Each device then has all it needs: the body has no communication, and is the same on any mesh.
-    local = jax.shard_map(
-        {"reference": reference, "xla": _xla, "pallas": _pallas, "cudnn": _cudnn}[name],
-        in_specs=(queries, keys, keys, specs),
-        out_specs=queries,
-        check_vma=False,
-    )
-    return local(
-        *(
-            jax.tree.map(jax.sharding.reshard, x, s)
-            for x, s in zip((q, k, v, mask), (queries, keys, keys, specs), strict=True)
-        )
-    )
+    arguments, in_specs = (q, k, v, mask), (jax.tree.map(lambda _: queries, q), keys, keys, specs)
+    local = jax.shard_map(body, in_specs=in_specs, out_specs=queries, check_vma=False)
+    return local(*jax.tree.map(jax.sharding.reshard, arguments, in_specs))
 
 
-def _choose(implementation: Implementation, q: Float[Array, "B T N H"], mask: Mask) -> Implementation:
+def few(q: Float[Array, "B T N H"]) -> bool:
+    """Whether reading the keys is most of the work."""
+    return q.shape[1] < _MIN_QUERIES * sharding.axis_size("context")
+
+
+def choose(implementation: Implementation, q: Float[Array, "B T N H"], mask: Mask) -> Implementation:
     """What computes this. Raises ConfigError if the implementation that was asked for cannot."""
     platform = sharding.platform()
-    few = q.shape[1] < _MIN_QUERIES * sharding.axis_size("context")
     # The kernel compares indices, which are positions of a cache, or of packed documents that are all there.
     by_index = mask.aligned or mask.query_segments is None
     if implementation == "auto":
-        return "pallas" if sharding.tpu_generation() and by_index and not few else "xla"
+        return "pallas" if sharding.tpu_generation() and by_index and not few(q) else "xla"
     if implementation == "pallas" and not sharding.tpu_generation() and platform != "cpu":
         raise ConfigError(f"attention='pallas' is a kernel for TPU v4 to v7x and this is {platform}; choose 'auto'")
     if implementation == "pallas" and not by_index:
@@ -117,6 +125,13 @@ def reference(
 def _xla(
     q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Mask
 ) -> Float[Array, "B T N H"]:
+    return partial_xla(q, k, v, mask)[0]
+
+
+def partial_xla(
+    q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Mask
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """A device's attention, and the log-sum-exp of its scores."""
     # A part of the queries is not aligned with all the keys, but may be hidden from any of them.
     return blockwise(q, k, v, dataclasses.replace(mask, aligned=mask.aligned and sharding.axis_size("context") == 1))
 
@@ -131,15 +146,22 @@ def _cudnn(
 def _pallas(
     q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Mask
 ) -> Float[Array, "B T N H"]:
+    return partial_pallas(q, k, v, mask)[0]
+
+
+def partial_pallas(
+    q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Mask
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Likewise, where indices stand for positions."""
     key_segments = mask.key_segments
     ways, length = sharding.axis_size("context"), q.shape[1]
     if mask.balanced and ways > 1:
         # Keys come in the order of the columns: in their own they need no positions to be compared.
         k, v = sharding.sequence_order(k, 2), sharding.sequence_order(v, 2)
         key_segments = None if key_segments is None else sharding.sequence_order(key_segments, 1)
-    outs = []
+    outs, lses = [], []
     for columns, offset in _runs(mask, length):
-        out, _ = flash_attention(
+        out, lse = flash_attention(
             q[:, columns].swapaxes(1, 2),
             k,
             v,
@@ -152,7 +174,8 @@ def _pallas(
             interpret=sharding.platform() == "cpu",
         )
         outs.append(out.swapaxes(1, 2))
-    return jnp.concatenate(outs, axis=1)
+        lses.append(lse.swapaxes(1, 2))
+    return jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
 
 
 def _runs(mask: Mask, length: int) -> list[tuple[slice, Int[Array, ""] | Int[Array, " B"]]]:

@@ -1,7 +1,7 @@
 """Attention in plain XLA, one block of queries at a time.
 
-What lies above the diagonal is skipped, and the backward pass recomputes the probabilities from the log-sum-exp
-(FlashAttention-2, Dao 2023, section 3.1).
+What lies above the diagonal is skipped, or outside of the mask's band, and the backward pass recomputes the
+probabilities from the log-sum-exp (FlashAttention-2, Dao 2023, section 3.1).
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ from qwen_jax.ops.mask import HIDDEN, Mask
 
 def blockwise(
     q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Mask
-) -> Float[Array, "B T N H"]:
-    """`attention.reference` with little memory; of one device."""
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """`attention.reference` with little memory, and the log-sum-exp of each query's scores; of one device.
+
+    Both have gradients, so that results over parts of the keys can be merged. A query that sees nothing has a
+    log-sum-exp of about -1e30.
+    """
     batch, length, heads, dim = q.shape
     group = heads // k.shape[1]
     # Heads that share a kv head become rows of one matrix: [B, K, T * G, H], token-major, so that a block of
     # queries is a run of rows.
     rows = q.reshape(batch, length, -1, group, dim).swapaxes(1, 2).reshape(batch, -1, length * group, dim)
-    out = _blockwise(rows, k, v, mask)
-    return out.reshape(batch, -1, length, group, dim).swapaxes(1, 2).reshape(q.shape)
+    out, lse = (
+        x.reshape(batch, -1, length, group, x.shape[-1]).swapaxes(1, 2).reshape(batch, length, heads, -1)
+        for x in _blockwise(rows, k, v, mask)
+    )
+    return out, lse[..., 0]
 
 
 @jax.custom_vjp
@@ -34,11 +41,14 @@ def _blockwise(q, k, v, mask):
 def _blocks(q, mask):
     """(query tokens, their rows of q, visible keys) of each block, as slices."""
     length, group = mask.query_positions.shape[1], q.shape[2] // mask.query_positions.shape[1]
+    least, most = mask.band
     # Small blocks skip more of the upper triangle; few blocks keep the program and each matmul's overhead small.
     size = min(max(128, length // 8), 1024) if mask.aligned else 512
     for start in range(0, length, size):
-        stop = min(start + size, length)
-        keys = slice(0, stop) if mask.aligned else slice(None)
+        stop, keys = min(start + size, length), slice(None)
+        if mask.aligned:
+            # At least one key, which the mask hides where none is in reach.
+            keys = slice(0 if most is None else max(start - most, 0), max(stop - least, 1))
         yield slice(start, stop), slice(start * group, stop * group), keys
 
 
@@ -62,13 +72,14 @@ def _blockwise_forward(q, k, v, mask):
         outs.append((out / total).astype(q.dtype))
         lses.append(top + jnp.log(total))
     out, lse = jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)
-    return out, (q, k, v, mask, out, lse)
+    return (out, lse), (q, k, v, mask, out, lse)
 
 
-def _blockwise_backward(saved, dout):
+def _blockwise_backward(saved, cotangents):
     q, k, v, mask, out, lse = saved
+    dout, dlse = cotangents
     # Every score's gradient is p * (dp - delta), and delta is the same for a whole row.
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True) - dlse
     dqs = []
     dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for tokens, rows, keys in _blocks(q, mask):

@@ -26,6 +26,8 @@ class Mask:
       aligned: queries and keys are the same tokens in the same order (T == S), the one of the sequence, so that key
         s > t is hidden in any case; lets an implementation skip what lies above the diagonal.
       balanced: that order is the one of `sharding.balanced_columns`, which without a `context` axis is the same.
+      band: the least and the most t - s that may be visible where aligned, None for any; lets an implementation skip
+        more of what all else hides.
     """
 
     query_positions: Int[Array, "B T"]
@@ -35,6 +37,7 @@ class Mask:
     window: Int[Array, ""] | None = None
     aligned: bool = dataclasses.field(default=False, metadata={"static": True})
     balanced: bool = dataclasses.field(default=False, metadata={"static": True})
+    band: tuple[int, int | None] = dataclasses.field(default=(0, None), metadata={"static": True})
 
     def visible(self, queries: slice = slice(None), keys: slice = slice(None)) -> Bool[Array, "B T S"]:
         """The block of the mask for these queries and keys, as booleans."""

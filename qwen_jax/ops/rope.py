@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from qwen_jax.config import DynamicNTK, Linear, QwenNTK, Rope, Yarn
+from qwen_jax.config import DualChunk, DynamicNTK, Linear, QwenNTK, Rope, Yarn
 
 
 @jax.tree_util.register_dataclass
@@ -21,11 +21,14 @@ class Rotation:
     Attributes:
       cos, sin: [B, T, 1, H/2], in the dtype the heads are turned in.
       logn: [B, T, 1, 1], what queries are multiplied with once turned; None for one.
+      afar: of dual chunk attention, how queries turn for keys of the chunk before theirs, and for those of all earlier
+        chunks; empty for others.
     """
 
     cos: Array
     sin: Array
     logn: Array | None = None
+    afar: tuple[Rotation, ...] = ()
 
 
 def rotation(
@@ -48,13 +51,49 @@ def rotation(
       dtype: of the heads.
     """
     turns = frequencies(rope, positions, lengths, head_dim=head_dim)
+    match rope.scaling:
+        case DualChunk() as chunks:
+            factor = _length_factor(chunks, positions, lengths) if rope.by_length else None
+            own, *afar = (_turned(at, turns, factor, dtype) for at in _within_chunks(chunks, positions))
+            return dataclasses.replace(own, afar=tuple(afar))
+        case Yarn(attention_factor=factor):
+            turned = _turned(positions, turns, factor, dtype)
+        case _:
+            turned = _turned(positions, turns, None, dtype)
+    return dataclasses.replace(turned, logn=_logn(positions, logn).astype(dtype) if logn else None)
+
+
+def _turned(
+    positions: Int[Array, "B T"],
+    turns: Float[Array, "..."],
+    factor: Float[Array, "B T 1 1"] | float | None,
+    dtype: jnp.dtype,
+) -> Rotation:
+    """The rotation by `positions * turns`, which multiplies by `factor` too."""
     # float32: bfloat16 cannot tell position 257 from 256.
     angles = positions[:, :, None, None].astype(jnp.float32) * turns
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if isinstance(rope.scaling, Yarn):
-        cos, sin = cos * rope.scaling.attention_factor, sin * rope.scaling.attention_factor
-    queries = _logn(positions, logn).astype(dtype) if logn else None
-    return Rotation(cos.astype(dtype), sin.astype(dtype), queries)
+    if factor is not None:
+        cos, sin = cos * factor, sin * factor
+    return Rotation(cos.astype(dtype), sin.astype(dtype))
+
+
+def _within_chunks(chunks: DualChunk, positions: Int[Array, "B T"]) -> list[Int[Array, "B T"]]:
+    """Where keys stand, and queries for keys of their own chunk; queries for the chunk before; and for earlier ones."""
+    within, size = positions % chunks.chunk, chunks.chunk_size
+    return [
+        within,
+        jnp.minimum(within + chunks.chunk, size),
+        jnp.full_like(positions, min(2 * chunks.chunk - 1, size)),
+    ]
+
+
+def _length_factor(
+    chunks: DualChunk, positions: Int[Array, "B T"], lengths: Int[Array, " B"] | None
+) -> Float[Array, "B T 1 1"]:
+    """`0.1 ln(length / original_positions) + 1`, at least 1; a token that is decoded has the length that it makes."""
+    length = jnp.maximum(positions + 1, _given(lengths)).astype(jnp.float32)[:, :, None, None]
+    return jnp.maximum(0.1 * jnp.log(length / chunks.original_positions) + 1, 1)
 
 
 def frequencies(
@@ -67,7 +106,7 @@ def frequencies(
     """
     plain = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     match rope.scaling:
-        case None:
+        case None | DualChunk():
             return plain
         case Linear(factor=factor):
             return plain / factor

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-from qwen_jax.config import DType, ModelConfig, Moe, QwenNTK, Rope, Scaling, Score
+from qwen_jax.config import DType, ModelConfig, Moe, QwenNTK, Rope, Score
 from qwen_jax.errors import ConfigError, ModelError
 from qwen_jax.weights.fields import MAX_POSITION, Fields
 from qwen_jax.weights.hf import ModelType, check_model_type
@@ -40,13 +40,14 @@ _FIELDS = [
             "num_experts num_local_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size "
             "norm_topk_prob decoder_sparse_step mlp_only_layers",
         ),
-        ("max_position rope.scaling", "max_position_embeddings n_positions seq_length dual_chunk_attention_config"),
+        ("max_position rope.scaling", "max_position_embeddings n_positions seq_length"),
         ("norm_eps", "rms_norm_eps layer_norm_epsilon"),
         (
             "rope logn",
             "rope_theta rotary_emb_base rope_scaling rope_parameters original_max_position_embeddings "
             "use_dynamic_ntk use_logn_attn",
         ),
+        ("rope.scaling", "dual_chunk_attention_config"),
         ("tie_embeddings", "tie_word_embeddings"),
         ("score", "architectures auto_map num_labels id2label label2id"),
         ("param_dtype", "torch_dtype dtype params_dtype bf16 fp16 fp32"),
@@ -90,10 +91,9 @@ _KNOWN = _HARMLESS | _FIXED.keys() | {name for _, names in _FIELDS for name in n
 def from_hf(values: Mapping[str, Any], *, where: str) -> ModelConfig:
     """The model that a `config.json` describes.
 
-    Dual chunk attention (Qwen2.5-1M) equals plain attention up to a chunk: such models are read with that many
-    positions. A model with YaRN, dynamic scaling or Qwen1's dynamic NTK serves as many positions as that extends it to,
-    or `max_position_embeddings` where it is larger; one with linear scaling serves `max_position_embeddings`. float16
-    becomes float32, which holds its every value; so does a dtype that is not given.
+    A model with YaRN, dynamic scaling or Qwen1's dynamic NTK serves as many positions as that extends it to, or
+    `max_position_embeddings` where it is larger; one with linear scaling or dual chunk attention serves
+    `max_position_embeddings`. float16 becomes float32, which holds its every value; so does a dtype that is not given.
 
     Args:
       values: the file's content.
@@ -205,7 +205,7 @@ def _qwen2_or_3(fields: Fields, model_type: ModelType) -> ModelConfig:
         num_kv_heads=fields.integer("num_key_value_heads"),
         head_dim=head_dim,
         mlp_width=0 if moe else fields.integer("intermediate_size"),
-        max_position=_max_position(fields, rope.scaling),
+        max_position=served(fields.integer("max_position_embeddings", high=MAX_POSITION), rope.scaling),
         norm_eps=fields.number("rms_norm_eps"),
         qkv_bias=model_type.startswith("qwen2"),
         qk_norm=model_type.startswith("qwen3"),
@@ -228,18 +228,6 @@ def _moe(fields: Fields, model_type: ModelType, num_layers: int) -> Moe | None:
         shared_width=fields.integer("shared_expert_intermediate_size") if model_type == "qwen2_moe" else 0,
         normalize_top_k=fields.flag("norm_topk_prob"),
     )
-
-
-def _max_position(fields: Fields, scaling: Scaling | None) -> int:
-    length = served(fields.integer("max_position_embeddings", high=MAX_POSITION), scaling)
-    if fields.has("dual_chunk_attention_config"):
-        if scaling is not None:
-            raise fields.refusal("dual_chunk_attention_config", "beside a rope_scaling its meaning is not known here")
-        # Beyond a chunk keys get other positions, and beyond the original length scores another scale.
-        chunks = fields.mapping("dual_chunk_attention_config")
-        for name in ("chunk_size", "original_max_position_embeddings"):
-            length = min(length, chunks.integer(name, high=MAX_POSITION))
-    return length
 
 
 def _windows(fields: Fields, num_layers: int) -> tuple[int, ...]:

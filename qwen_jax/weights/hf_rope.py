@@ -6,10 +6,13 @@ import dataclasses
 import math
 from typing import Any
 
-from qwen_jax.config import DynamicNTK, Linear, ModelConfig, QwenNTK, Rope, Scaling, Yarn
+from qwen_jax.config import DualChunk, DynamicNTK, Linear, ModelConfig, QwenNTK, Rope, Scaling, Yarn
 from qwen_jax.errors import ModelError
 from qwen_jax.weights.fields import MAX_POSITION, Fields
 
+_DUAL_CHUNK = "dual_chunk_attention_config"
+# How vLLM skips keys that matter little: it approximates attention to all of them, which is what is computed here.
+_SPARSE = "sparse_attention_"
 # Kinds of rope_scaling, and their fields; mscale and mscale_all_dim are read as far as they change nothing.
 _KINDS = {
     "default": (),
@@ -27,13 +30,14 @@ def served(length: int, scaling: Scaling | None) -> int:
 
     Of a model with YaRN that length is the one before in some published files (Qwen2.5-Instruct: 32768) and the one
     after in others (131072); both mean what YaRN extends it to. Of linear scaling files say either, and nothing tells
-    which: the length is taken as it stands.
+    which: the length is taken as it stands. With dual chunk attention it is what the model serves.
     """
-    return length if scaling is None or isinstance(scaling, Linear) else max(length, scaling.reach)
+    return length if scaling is None or isinstance(scaling, Linear | DualChunk) else max(length, scaling.reach)
 
 
 def read_rope(fields: Fields) -> Rope:
-    """The rotary embedding: at top level, in rope_scaling, or in rope_parameters, where transformers 5 writes it."""
+    """The rotary embedding: at top level, in rope_scaling, or in rope_parameters, where transformers 5 writes it; and
+    dual chunk attention."""
     found, scalings = [fields] if fields.has("rope_theta") else [], []
     for name in ("rope_scaling", "rope_parameters"):
         if fields.has(name):
@@ -47,7 +51,22 @@ def read_rope(fields: Fields) -> Rope:
         raise ModelError(f"{fields.where}: rope_theta is given as {thetas}; they must agree")
     if len(set(scalings)) > 1:
         raise fields.refusal("rope_parameters", "it must say the same as rope_scaling")
-    return Rope(theta=thetas[0], scaling=scalings[0] if scalings else None)
+    scaling = scalings[0] if scalings else None
+    if fields.has(_DUAL_CHUNK):
+        if scaling is not None:
+            raise fields.refusal(_DUAL_CHUNK, "beside a rope_scaling its meaning is not known here")
+        scaling = _dual_chunk(fields.mapping(_DUAL_CHUNK))
+    return Rope(theta=thetas[0], scaling=scaling)
+
+
+def _dual_chunk(chunks: Fields) -> DualChunk:
+    """vLLM has defaults for what a file leaves out, which are no published model's: here it is asked for."""
+    names = ("chunk_size", "local_size", "original_max_position_embeddings")
+    for key in chunks.values:
+        if key not in names and not key.startswith(_SPARSE) and chunks.has(key):
+            raise ModelError(f"{chunks.where}: it has a {key!r:.60}, which is not known")
+    size, local, original = (chunks.integer(name, low=0, high=MAX_POSITION) for name in names)
+    return DualChunk(chunk_size=size, local_size=local, original_positions=original)
 
 
 def _scaling(rope: Fields, fields: Fields) -> Scaling | None:
@@ -123,6 +142,9 @@ def scaling_fields(scaling: Scaling | None) -> dict[str, Any]:
             return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
         case DynamicNTK(factor=factor):
             return {"rope_scaling": {"rope_type": "dynamic", "factor": factor}}
+        case DualChunk(chunk_size=size, local_size=local, original_positions=original):
+            chunks = {"chunk_size": size, "local_size": local, "original_max_position_embeddings": original}
+            return {_DUAL_CHUNK: chunks}
         case Yarn():
             values = dataclasses.asdict(scaling)
             original = {"original_max_position_embeddings": values.pop("original_positions")}

@@ -90,3 +90,12 @@ def test_a_window_and_segments_bound_the_visits():
     for options in (dict(window=300), dict(query_segments=documents, key_segments=documents)):
         first, end, *_ = all_visits(cuts, **options)
         assert np.maximum(end - first, 0).sum(1).max() <= 6
+
+
+def test_blocks_of_other_documents_are_not_loaded():
+    documents = np.arange(2048) // 512 + 1
+    *_, loaded, _ = all_visits(tiles(2048, 2048, 256, 256, 128), query_segments=documents, key_segments=documents)
+    assert loaded.tolist() == [[j // 2 == i // 2 and j <= i for j in range(8)] for i in range(8)]
+    # Of chunks that see the one before theirs, as in dual chunk attention, each sees two blocks, and the first none.
+    *_, loaded, _ = all_visits(tiles(2048, 2048, 256, 256, 128), query_segments=documents - 1, key_segments=documents)
+    assert loaded.tolist() == [[j // 2 == i // 2 - 1 for j in range(8)] for i in range(8)]

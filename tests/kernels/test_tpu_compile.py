@@ -39,3 +39,27 @@ ODD = ["300 7 1 64 bfloat16", "2100 2 2 72 float32"]
 )
 def test_compiles(compile_for_tpu, topology, generation, shapes):
     compile_for_tpu(PROGRAM, topology, generation, *shapes)
+
+
+DUAL_CHUNK = """
+from qwen_jax import sharding
+from qwen_jax.ops.dual_chunk import dual_chunk_attention
+from qwen_jax.ops.mask import Mask
+
+def loss(queries, k, v, positions):
+    mask = Mask(query_positions=positions, key_positions=positions, aligned=True)
+    out = dual_chunk_attention(queries, k, v, mask, chunk=2048, implementation="auto")
+    return out.astype(jnp.float32).sum()
+
+with jax.set_mesh(sharding.make_mesh(devices=devices[:1])) as mesh:
+    whole = NamedSharding(mesh, PartitionSpec())
+    q, k = (array(jnp.bfloat16, *shape) for shape in [(1, 6144, 28, 128), (1, 4, 6144, 128)])
+    text = jax.jit(jax.grad(loss)).lower((q,) * 3, k, k, array(jnp.int32, 1, 6144)).compile().as_text()
+assert "flash_attention_forward" in text and "flash_attention_backward" in text
+"""
+
+
+@pytest.mark.slow
+def test_dual_chunk_attention_compiles(compile_for_tpu):
+    """Three chunks of Qwen2.5-7B's heads: the kernels of its parts, in one program with their gradients."""
+    compile_for_tpu(DUAL_CHUNK, "v5e:2x2")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import model, sharding
-from qwen_jax.config import DynamicNTK, Moe, QwenNTK, Rope, Score, Yarn
+from qwen_jax.config import DualChunk, DynamicNTK, Moe, QwenNTK, Rope, Score, Yarn
 from qwen_jax.ops.loss import chunked_cross_entropy
 from tests.conftest import tiny_config
 
@@ -321,7 +321,14 @@ def test_padding_does_not_count_as_length(mesh):
     assert np.abs(np.asarray(padded)[1, :3] - plain[1]).max() > 1e-3
 
 
-@pytest.mark.parametrize("scaling", [NTK.scaling, DynamicNTK(factor=2.0, original_positions=4)])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        NTK.scaling,
+        DynamicNTK(factor=2.0, original_positions=4),
+        DualChunk(chunk_size=20, local_size=8, original_positions=4),
+    ],
+)
 def test_a_cache_is_not_made_without_the_lengths_it_needs(mesh, scaling):
     config = tiny_config(rope=Rope(theta=9.0, scaling=scaling))
     with pytest.raises(ValueError, match="give make_cache their `lengths`"):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax.config import DynamicNTK, Linear, QwenNTK, Rope, Yarn
+from qwen_jax.config import DualChunk, DynamicNTK, Linear, QwenNTK, Rope, Scaling, Yarn
 from qwen_jax.ops import rope
 
 EXACT = dict(rtol=1e-6)  # float32, a few operations deep
@@ -131,15 +132,52 @@ def test_dynamic_goes_by_what_there_is_when_a_token_comes():
     np.testing.assert_array_equal(short, [frequencies(1e4, None, head_dim=16)] * 2)
 
 
+@pytest.mark.parametrize(("size", "local"), [(20, 8), (20, 9), (20, 1), (20, 15), (262144, 8192)])
+def test_how_far_apart_tokens_seem_in_dual_chunk_attention(size, local):
+    chunk, scaling = size - local, DualChunk(chunk_size=size, local_size=local, original_positions=0)
+    at = np.unique(np.add.outer(chunk * np.arange(7), np.arange(-30, 31)).clip(0))
+    own = rotation(scaling, [at], theta=1e12, head_dim=4)
+    # A pair that turns slowly tells its position.
+    own, before, earlier = (np.rint(1e6 * np.arctan2(by.sin, by.cos)[0, :, 0, 1]) for by in (own, *own.afar))
+    true, back = np.subtract.outer(at, at), np.subtract.outer(at // chunk, at // chunk)
+    seen = true >= 0
+    seeming = np.where(back == 0, own[:, None], np.where(back == 1, before[:, None], earlier[:, None])) - own
+    exact = seeming == true
+    assert exact[seen & (back == 0)].all()
+    assert seeming[seen].min() == 0 and seeming.max() == min(2 * chunk - 1, size)
+    if local < chunk:
+        assert exact[seen & (true <= local + 1)].all()
+        assert exact[seen & (at <= size)[:, None]].all() and not exact[at > size].all(axis=1).any()
+
+
+def test_dual_chunk_scores_grow_with_the_length():
+    scaling = DualChunk(chunk_size=20, local_size=8, original_positions=10)
+    # A prompt of 12 tokens, then decoded ones at 12 and 29; and a short prompt.
+    by = rotation(scaling, [[0, 11, 12, 29], [0, 4, 9, 10]], [12, 5])
+    lengths = np.array([[12, 12, 13, 30], [10, 10, 10, 11]])
+    for turned in (by, *by.afar):
+        np.testing.assert_allclose(
+            np.hypot(turned.cos, turned.sin)[:, :, 0, 3], 0.1 * np.log(lengths / 10) + 1, **EXACT
+        )
+
+
 KINDS = [
     (Linear(factor=2.0), dict(factor=3.0)),
     (DynamicNTK(factor=2.0, original_positions=8), dict(factor=3.0, original_positions=9)),
     (QwenNTK(original_positions=8), dict(original_positions=30)),
     (
+        DualChunk(chunk_size=20, local_size=8, original_positions=8),
+        dict(chunk_size=21, local_size=9, original_positions=9),
+    ),
+    (
         Yarn(factor=2.0, original_positions=500, beta_fast=9.0, beta_slow=1.0, attention_factor=1.0),
         dict(factor=3.0, original_positions=5000, beta_fast=99.0, beta_slow=0.1, attention_factor=1.1),
     ),
 ]
+
+
+def test_every_kind_of_scaling_is_here():
+    assert {type(kind) for kind, _ in KINDS} == set(get_args(Scaling))
 
 
 @pytest.mark.parametrize(("scaling", "changes"), KINDS, ids=[type(kind).__name__ for kind, _ in KINDS])
@@ -151,7 +189,14 @@ def test_every_field_of_a_scaling_changes_the_rotation(scaling, changes):
         assert not np.array_equal(turned(dataclasses.replace(scaling, **{name: value})), turned(scaling)), name
 
 
-@pytest.mark.parametrize("scaling", [DynamicNTK(factor=2.0, original_positions=8), QwenNTK(original_positions=8)])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        DynamicNTK(factor=2.0, original_positions=8),
+        QwenNTK(original_positions=8),
+        DualChunk(chunk_size=20, local_size=8, original_positions=8),
+    ],
+)
 def test_lengths_are_not_guessed(scaling):
     with pytest.raises(ValueError, match="give lengths"):
         rotation(scaling, [[0]])

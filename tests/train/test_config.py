@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from qwen_jax import bindings
-from qwen_jax.config import DynamicNTK, QwenNTK, Rope, Yarn
+from qwen_jax.config import DualChunk, DynamicNTK, QwenNTK, Rope, Yarn
 from qwen_jax.errors import ConfigError
 from train.config import LM, Mesh, Stage, TrainConfig, Zoo
 
@@ -30,6 +30,11 @@ from train.config import LM, Mesh, Stage, TrainConfig, Zoo
             "model.rope",
             Rope(theta=1e4, scaling=DynamicNTK(factor=2.0, original_positions=8)),
             "original_positions=8: past it DynamicNTK goes by",
+        ),
+        (
+            "model.rope",
+            Rope(theta=1e4, scaling=DualChunk(chunk_size=8, local_size=2, original_positions=8)),
+            "original_positions=8: past it DualChunk goes by",
         ),
         ("data.sequence_length", 33, "data.sequence_length=33 must not exceed model.max_position=32"),
         ("schedule.warmup_steps", 6, "warmup_steps=6 must be below steps=6"),

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_jax import zoo
-from qwen_jax.config import DynamicNTK, Linear, ModelConfig, Moe, QwenNTK, Rope, Score, Yarn
+from qwen_jax.config import DualChunk, DynamicNTK, Linear, ModelConfig, Moe, QwenNTK, Rope, Score, Yarn
 from qwen_jax.errors import ModelError
 from qwen_jax.weights import hf, hf_config
 from tests.conftest import tiny_config
@@ -282,12 +282,24 @@ def test_windows(fields, windows):
     assert read(hf_config.to_hf(config, "qwen2")).windows == windows
 
 
-def test_dual_chunk_attention_is_read_as_far_as_it_is_plain_attention():
-    chunks = {"chunk_size": 40, "local_size": 8, "original_max_position_embeddings": 50}
-    values = QWEN2 | {"dual_chunk_attention_config": chunks}
-    assert read(values).max_position == 40
-    assert read(values | {"dual_chunk_attention_config": chunks | {"chunk_size": 60}}).max_position == 50
-    assert read(values | {"max_position_embeddings": 30}).max_position == 30
+CHUNKS = {"chunk_size": 40, "local_size": 8, "original_max_position_embeddings": 50}
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("sparse", [{}, {"sparse_attention_config": [{"0": ["vertical_and_slash", 9, 9, 1.0]}]}])
+def test_dual_chunk_attention(kind, sparse):
+    scaling = DualChunk(chunk_size=40, local_size=8, original_positions=50)
+    # Which keys another program leaves out to be faster is kept while the chunks stay what they are.
+    values = FILES[kind] | {"rope_scaling": None, "dual_chunk_attention_config": CHUNKS | sparse}
+    config = read(values)
+    assert (config.rope, config.max_position) == (Rope(theta=12345.0, scaling=scaling), 64)
+    assert hf_config.to_hf(config, kind, keep=values) == values
+    assert read(hf_config.to_hf(config, kind)) == config
+    changed = dataclasses.replace(config, rope=Rope(theta=9.0, scaling=dataclasses.replace(scaling, local_size=7)))
+    written = hf_config.to_hf(changed, kind, keep=values)
+    assert written["dual_chunk_attention_config"] == CHUNKS | {"local_size": 7} and read(written) == changed
+    plain = dataclasses.replace(config, rope=Rope(theta=12345.0))
+    assert "dual_chunk_attention_config" not in hf_config.to_hf(plain, kind, keep=values)
 
 
 @pytest.mark.parametrize(
@@ -409,7 +421,7 @@ BAD = [
      "rope_parameters is .*; it must say the same as rope_scaling"),
     ("qwen2", {"rope_scaling": {"type": "yarn"} | YARN, "original_max_position_embeddings": 64},
      "original_max_position_embeddings is 64; it must equal that of YaRN, 50"),
-    ("qwen2", {"rope_scaling": {"type": "yarn"} | YARN, "dual_chunk_attention_config": {"chunk_size": 40}},
+    ("qwen2", {"rope_scaling": {"type": "yarn"} | YARN, "dual_chunk_attention_config": CHUNKS},
      "dual_chunk_attention_config is .*; beside a rope_scaling"),
     ("qwen2", {"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; an object is wanted"),
     ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, r"given as \[12345.0, 1000000.0\]"),
@@ -418,7 +430,14 @@ BAD = [
     ("qwen2", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; what it does"),
     ("qwen2", {"logits_scaling": 8}, "logits_scaling is 8; what it does"),
     ("qwen2", {"rope_local_base_freq": 1e4}, "rope_local_base_freq is 10000.0; what it does"),
-    ("qwen2", {"dual_chunk_attention_config": {"local_size": 8}}, "dual_chunk_attention_config: chunk_size is missing"),
+    *[("qwen2", {"dual_chunk_attention_config": CHUNKS | change}, message) for change, message in [
+        *[({name: None}, f"dual_chunk_attention_config: {name} is missing") for name in CHUNKS],
+        ({"chunk_size": "40"}, "chunk_size is '40'; a whole number"),
+        ({"local_size": 40}, "local_size=40 must be above 0 and below chunk_size=40"),
+        ({"chunksize": 9}, "dual_chunk_attention_config: it has a 'chunksize', which is not known"),
+    ]],
+    ("qwen2", {"dual_chunk_attention_config": CHUNKS, "use_sliding_window": True, "max_window_layers": 0},
+     r"windows=\(17, 17, 17\) and DualChunk cannot be combined"),
     ("qwen2", {"dual_chunk_attention_config": True}, "dual_chunk_attention_config is True; an object"),
     ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window is 'yes'"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": None}, "sliding_window is missing"),
@@ -463,11 +482,14 @@ ROPE = st.fixed_dictionaries(
     | {"factor": st.floats(0.5, 1e9), "original_max_position_embeddings": JSON | st.integers(1, 99)},
 )
 
+CHUNK_SIZES = st.fixed_dictionaries({name: JSON | st.integers(0, 99) for name in CHUNKS})
+
 
 @given(st.sampled_from(sorted(FILES)), st.data())
 def test_any_value_of_any_field_is_read_or_refused(kind, data):
     name = data.draw(st.sampled_from(sorted(FILES[kind].keys() | QWEN2.keys() | MORE)))
-    values = FILES[kind] | {name: data.draw(JSON | ROPE if name.startswith("rope_") else JSON)}
+    known = ROPE if name.startswith("rope_") else CHUNK_SIZES if name.startswith("dual_") else st.nothing()
+    values = FILES[kind] | {name: data.draw(JSON | known)}
     try:
         config = read(values)
     except ModelError as error:
@@ -499,6 +521,7 @@ NOT_QWEN1 = [
     dict(rope=Rope(theta=54321.5, scaling=PAPER), max_position=1000),
     dict(rope=Rope(theta=12345.0, scaling=Linear(factor=2.0)), max_position=128),
     dict(rope=Rope(theta=12345.0, scaling=DynamicNTK(factor=2.0, original_positions=40)), max_position=80),
+    dict(rope=Rope(theta=12345.0, scaling=DualChunk(chunk_size=40, local_size=8, original_positions=0))),
     dict(windows=(0, 5, 5)),
     dict(windows=(5, 0, 5)),
     dict(num_kv_heads=1),
@@ -528,9 +551,7 @@ def test_a_change_is_written_and_the_rest_of_the_file_is_kept(kind):
 
 
 def test_a_change_elsewhere_keeps_what_the_model_is_read_without():
-    original = QWEN2 | {
-        "dual_chunk_attention_config": {"chunk_size": 40, "local_size": 8, "original_max_position_embeddings": 40}
-    }
+    original = QWEN2 | {"dual_chunk_attention_config": CHUNKS | {"sparse_attention_enabled": False}}
     config = dataclasses.replace(read(original), num_layers=2)
     assert hf_config.to_hf(config, "qwen2", keep=original) == without(
         original, "max_window_layers", "sliding_window"
