@@ -51,8 +51,9 @@ def loss(queries, k, v, positions):
     out = dual_chunk_attention(queries, k, v, mask, chunk=2048, implementation="auto")
     return out.astype(jnp.float32).sum()
 
-with jax.set_mesh(sharding.make_mesh(devices=devices[:1])) as mesh:
-    whole = NamedSharding(mesh, PartitionSpec())
+mesh = sharding.make_mesh(devices=devices[:1])
+whole = NamedSharding(mesh, PartitionSpec())
+with jax.set_mesh(mesh):
     q, k = (array(jnp.bfloat16, *shape) for shape in [(1, 6144, 28, 128), (1, 4, 6144, 128)])
     text = jax.jit(jax.grad(loss)).lower((q,) * 3, k, k, array(jnp.int32, 1, 6144)).compile().as_text()
 assert "flash_attention_forward" in text and "flash_attention_backward" in text
