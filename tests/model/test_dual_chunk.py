@@ -15,7 +15,7 @@ from tests.model.test_transformer import ids, parameters
 
 CLOSE = dict(rtol=0, atol=1e-4)
 CHUNK = 12
-# One and a half, two and a half, six and a half chunks; the last two are decoded from half of that on.
+# One and a half, two and a half, six and a half chunks.
 LENGTHS = np.array([18, 30, 78], np.int32)
 TOKENS = ids(3, 78)
 
@@ -57,8 +57,8 @@ def test_prefill_in_pieces_or_at_once_and_decoding_are_dense_masked_attention(me
     # Of a shorter prompt the rest is decoded: what it becomes goes by the length that each token makes.
     prompts = LENGTHS // 2
     dense, _ = prefill(params, prompts, attention="reference")
-    at_once, cache = prefill(params, prompts, slots=90)
-    np.testing.assert_allclose(at_prompts(at_once, prompts), at_prompts(dense, prompts), **CLOSE)
+    in_pieces, cache = prefill(params, prompts, pieces=3, slots=90)
+    np.testing.assert_allclose(at_prompts(in_pieces, prompts), at_prompts(dense, prompts), **CLOSE)
     for step in range(39):
         # A row that is done decodes its last token again.
         at = np.minimum(prompts + step, LENGTHS - 1)[:, None]
@@ -66,13 +66,11 @@ def test_prefill_in_pieces_or_at_once_and_decoding_are_dense_masked_attention(me
         np.testing.assert_allclose(decoded[:, 0], dense[np.arange(3), at[:, 0]], **CLOSE)
 
 
-def test_rows_of_a_batch_are_what_each_is_alone(mesh):
+def test_a_row_of_a_batch_is_what_it_is_alone(mesh):
     params = parameters(config_of(9))
     logits, _ = prefill(model.unstack_layers(params), LENGTHS)
-    for row, length in list(enumerate(LENGTHS))[1:]:
-        at = np.arange(length, dtype=np.int32)[None]
-        alone, _ = run(config_of(9), params, TOKENS[row : row + 1, :length], at, None)
-        np.testing.assert_allclose(alone[0], logits[row, :length], **CLOSE)
+    alone, _ = run(config_of(9), params, TOKENS[1:2, :30], np.arange(30, dtype=np.int32)[None], None)
+    np.testing.assert_allclose(alone[0], logits[1, :30], **CLOSE)
 
 
 def test_it_is_plain_attention_up_to_one_token_more_than_the_chunk_size(mesh):
