@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen_jax import zoo
-from qwen_jax.config import DType, ModelConfig
+from qwen_jax.config import DType, ModelConfig, Rope
 from qwen_jax.errors import ConfigError
 from train.data.config import Data
 
@@ -42,12 +42,36 @@ class Zoo:
     Attributes:
       name: as published, e.g. "Qwen2.5-0.5B".
       dtype: type of activations and of matmul inputs. Parameters are trained in float32.
-      theta: base frequency of the rotary embedding, where it is not to be the published model's, which is its last.
+      rope: takes the place of the published one, whose theta is that of the last stage of training; None keeps that.
+      max_position: likewise, positions that the model serves.
     """
 
     name: str
     dtype: DType = "bfloat16"
-    theta: float | None = None
+    rope: Rope | None = None
+    max_position: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A model with its weights: the run begins with them, and with a fresh optimiser at step 0.
+
+    Attributes:
+      path: a published folder, a run, a checkpoint, or with the extra `hub` the name of a published model. It must stay
+        for as long as the run goes on.
+      dtype: type of activations and of matmul inputs. Parameters are trained in float32.
+      rope: takes the place of the model's own; None keeps that.
+      max_position: likewise, positions that the model serves.
+    """
+
+    path: str
+    dtype: DType = "bfloat16"
+    rope: Rope | None = None
+    max_position: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError('path="" names no model; give a published folder, a run or a checkpoint')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +227,7 @@ class TrainConfig:
     Attributes:
       run_dir: the directory that everything is written to.
       seed: of the initial weights and of the order of the data.
-      model: a shape written out, or a published one by name.
+      model: a shape written out, a published one by name, or a model whose weights the run begins with.
       data: where tokens come from.
       objective: what is minimised.
       batch_size: rows of each optimiser step, over all devices and micro-batches.
@@ -224,7 +248,7 @@ class TrainConfig:
 
     run_dir: str
     seed: int = 0
-    model: ModelConfig | Zoo
+    model: ModelConfig | Zoo | Pretrained
     data: Data
     objective: LM = LM()
     batch_size: int
@@ -383,14 +407,18 @@ class TrainConfig:
 
     @functools.cached_property
     def model_config(self) -> ModelConfig:
-        """The model's shape, published ones looked up."""
+        """The model's shape, that of others looked up."""
         if isinstance(self.model, ModelConfig):
             return self.model
-        published = zoo.published(self.model.name)
-        rope = (
-            published.rope if self.model.theta is None else dataclasses.replace(published.rope, theta=self.model.theta)
-        )
-        return dataclasses.replace(published, rope=rope, dtype=self.model.dtype, param_dtype="float32")
+        if isinstance(self.model, Zoo):
+            own = zoo.published(self.model.name)
+        else:
+            from qwen_jax.weights.source import read_config  # which loads jax: other configs are read without
+
+            own = read_config(self.model.path)
+        given = {name: getattr(self.model, name) for name in ("rope", "max_position")}
+        changed = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(own, dtype=self.model.dtype, param_dtype="float32", **changed)
 
     @property
     def micro_batch_size(self) -> int:

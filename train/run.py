@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from qwen_jax.errors import ConfigError, DataError, FileError, NumericalError
 from qwen_jax.sharding import make_mesh
 from qwen_jax.weights.checkpoint import Checkpoint, Checkpoints
+from qwen_jax.weights.source import Model, open_model
 from train import directory as run_directory
 from train import plot
-from train.config import TrainConfig
+from train.config import Pretrained, TrainConfig
 from train.data import Corpus, Rows, TokenShards, prepare
 from train.evaluation import HeldOut
 from train.feed import abstract_batch, put_batch
@@ -27,7 +28,15 @@ from train.profiler import Profiler
 from train.progress import Report
 from train.record import Record
 from train.saving import Saver
-from train.step import Metrics, abstract_state, configured, initial_state, restored_state, unrolled
+from train.step import (
+    Metrics,
+    abstract_state,
+    configured,
+    initial_state,
+    pretrained_state,
+    restored_state,
+    unrolled,
+)
 from train.stop import Stop
 
 
@@ -132,6 +141,10 @@ def train_stage(steps: range, config: TrainConfig, rows: Rows, checkpoint: Check
         unroll = unrolled(config, mesh)
         if checkpoint:
             state = restored_state(checkpoint, config.model_config, optimizer, unroll=unroll)
+        elif isinstance(config.model, Pretrained):
+            with open_model(config.model.path, warn=report.warn) as source:
+                check_tokenizer(corpus, source)
+                state = pretrained_state(source, optimizer, unroll=unroll)
         else:
             state = initial_state(config.model_config, optimizer, seed=config.seed, unroll=unroll)
         start = int(state.step)
@@ -255,6 +268,15 @@ def check_corpus(corpus: Corpus, config: TrainConfig, checkpoint: Checkpoint | N
         )
 
 
+def check_tokenizer(corpus: Corpus, source: Model) -> None:
+    """Raises DataError unless the tokens are those that the model knows."""
+    if corpus.tokenizer.fingerprint != source.tokenizer().fingerprint:
+        raise DataError(
+            f"the tokens are of another tokenizer than {source.path}, and its weights would mean nothing; "
+            "set data.tokenizer = @TokenizerFile and data.tokenizer.path to the tokenizer of that model"
+        )
+
+
 def describe(config: TrainConfig, mesh: Mesh, step: int, report: Report) -> None:
     """Reports what is about to run, in a few lines."""
     model = config.model_config
@@ -265,6 +287,8 @@ def describe(config: TrainConfig, mesh: Mesh, step: int, report: Report) -> None
         f"{model.num_heads} heads ({model.num_kv_heads} for keys and values), vocabulary {model.vocab_size:,}, "
         f"{model.dtype}",
     )
+    if isinstance(config.model, Pretrained):
+        report.fact("weights", f"at first those of {config.model.path}")
     device = mesh.devices.flat[0]
     split = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     report.fact("devices", f"{mesh.size} x {device.device_kind} ({device.platform})" + (f": {split}" if split else ""))

@@ -17,6 +17,8 @@ from jax.sharding import Mesh
 from qwen_jax import model
 from qwen_jax.config import ModelConfig
 from qwen_jax.weights.checkpoint import Checkpoint
+from qwen_jax.weights.load import load_params
+from qwen_jax.weights.source import NativeCheckpoint, PublishedFolder
 from train import objectives, optim
 from train.config import TrainConfig
 from train.objectives import Batch, Objective
@@ -44,6 +46,16 @@ def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, 
     params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(seed))
     if unroll:
         # On its own: compiled together with the random numbers, it would have their code repeated for each layer.
+        params = jax.jit(model.unstack_layers)(params)
+    return State(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+
+
+def pretrained_state(
+    source: PublishedFolder | NativeCheckpoint, optimizer: optax.GradientTransformation, *, unroll: bool
+) -> State:
+    """The state before the first step of a run that begins with the weights of a model, under the current mesh."""
+    params = load_params(source, dtype="float32", stacked=True)
+    if unroll:
         params = jax.jit(model.unstack_layers)(params)
     return State(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
 

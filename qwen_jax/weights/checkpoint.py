@@ -102,13 +102,14 @@ class Checkpoint:
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
 
 
-def open_checkpoint(path: Path, *, warn: Callable[[str], None] = warnings.warn) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, items: Collection[str] = ("params",), warn: Callable[[str], None] = warnings.warn
+) -> Checkpoint:
     """A checkpoint to load weights from; nothing on the disk is changed.
-
-    Its params are verified here, the state of its optimizer when it is loaded.
 
     Args:
       path: a step folder; or a checkpoints folder or a run folder, for the newest valid step.
+      items: those whose arrays are verified here, the others when they are loaded.
       warn: takes one line about each newer step that was passed over because it is broken.
 
     Raises FileError if the path does not exist, ModelError if there is no valid checkpoint.
@@ -117,16 +118,16 @@ def open_checkpoint(path: Path, *, warn: Callable[[str], None] = warnings.warn) 
     if not path.exists():
         raise FileError(f"{path} does not exist; wanted a step folder, a checkpoints folder or a run folder")
     if (path / manifest.FILE_NAME).exists():
-        _on_first_process(lambda: verify(path, ["params"]))
-        return Checkpoint(path, verified=["params"])
+        _on_first_process(lambda: verify(path, items))
+        return Checkpoint(path, verified=items)
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    step = _on_first_process(lambda: newest_valid(root, ["params"], warn, lambda _: "left as it is"))
+    step = _on_first_process(lambda: newest_valid(root, items, warn, lambda _: "left as it is"))
     if step is None:
         raise ModelError(
             f"{path} is not a checkpoint: it has no {manifest.FILE_NAME}, no step folder such as {folder_name(100)}, "
             "and no checkpoints folder with one"
         )
-    return Checkpoint(root / folder_name(step), verified=["params"])
+    return Checkpoint(root / folder_name(step), verified=items)
 
 
 class Checkpoints:

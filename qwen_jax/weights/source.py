@@ -6,6 +6,7 @@ Everything is read in pieces: some rows of a published tensor, which are a slice
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -151,9 +152,7 @@ class PublishedFolder(Model):
         self.path = path
         self.chat = False
         self._side_files = _read_side_files(path)
-        values = parse_json(self._side_files["config.json"], path / "config.json")
-        self.config = hf_config.from_hf(values, where=str(path / "config.json"))
-        self.model_type = values["model_type"]
+        self.config, self.model_type = _published_config(self._side_files["config.json"], path / "config.json")
         self.table = hf.table(self.config, self.model_type)
         self.files = open_folder(path, allow_pickle_format=allow_pickle_format)
         try:
@@ -214,7 +213,7 @@ class NativeCheckpoint(Model):
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.path = checkpoint.path
-        self.config = ModelConfig.from_json(checkpoint.read("model.json").decode())
+        self.config = _native_config(checkpoint)
         # What convert noted of the published folder that the weights came from.
         origin: dict[str, Any] = checkpoint.meta.get("published", {})
         self.model_type = origin.get("model_type") or hf.model_type_of(self.config)
@@ -255,18 +254,47 @@ def open_model(
 
     Raises FileError if there is nothing of that name, ModelError if it cannot be used.
     """
+    with _located(reference, allow_pickle_format=allow_pickle_format) as (path, published):
+        if published:
+            return PublishedFolder(path, allow_pickle_format=allow_pickle_format)
+        return NativeCheckpoint(open_checkpoint(path, warn=warn))
+
+
+def read_config(reference: str | Path) -> ModelConfig:
+    """The config of the model that a reference names, dtypes as stored; its weights are not verified.
+
+    Takes and raises what `open_model` does.
+    """
+    with _located(reference) as (path, published):
+        if not published:
+            return _native_config(open_checkpoint(path, items=(), warn=lambda _: None))
+        with RegularFile(inside(path, "config.json")) as file:
+            return _published_config(file.read_bytes(0, min(file.size, SIDE_FILES_BYTES)), file.path)[0]
+
+
+@contextlib.contextmanager
+def _located(reference: str | Path, *, allow_pickle_format: bool = False) -> Iterator[tuple[Path, bool]]:
+    """The folder that a reference names, and whether it is one as published; what the system refuses is a FileError."""
     path = Path(os.path.expanduser(reference)).absolute()  # Path.expanduser raises where there is no such user
     try:
         # "runs/mine" reads as a name too; where there is a folder "runs", it is a run that is not there.
         if not path.exists() and not path.parent.is_dir() and hub.is_name(str(reference)):
             path = hub.download(str(reference), allow_pickle_format=allow_pickle_format)
-        if os.path.lexists(path / "config.json") and not (path / manifest.FILE_NAME).exists():
-            return PublishedFolder(path, allow_pickle_format=allow_pickle_format)
-        if any(itertools.chain(path.glob("*.safetensors"), path.glob("*.bin"))):
+        published = os.path.lexists(path / "config.json") and not (path / manifest.FILE_NAME).exists()
+        if not published and any(itertools.chain(path.glob("*.safetensors"), path.glob("*.bin"))):
             raise FileError(f"{path} has weights and no config.json, which says what they are; put it beside them")
-        return NativeCheckpoint(open_checkpoint(path, warn=warn))
+        yield path, published
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _published_config(contents: bytes, path: Path) -> tuple[ModelConfig, hf.ModelType]:
+    values = parse_json(contents, path)
+    return hf_config.from_hf(values, where=str(path)), values["model_type"]
+
+
+def _native_config(checkpoint: Checkpoint) -> ModelConfig:
+    return ModelConfig.from_json(checkpoint.read("model.json").decode())
 
 
 def parse_json(contents: bytes, path: Path) -> dict[str, Any]:

@@ -7,8 +7,10 @@ import dataclasses
 import pytest
 
 from qwen_jax import bindings
-from qwen_jax.config import DualChunk, DynamicNTK, QwenNTK, Rope, Yarn
-from qwen_jax.errors import ConfigError
+from qwen_jax.config import DualChunk, DynamicNTK, Linear, QwenNTK, Rope, Yarn
+from qwen_jax.errors import ConfigError, FileError
+from tests.conftest import tiny_config
+from tests.published import publish
 from train.config import LM, Mesh, Stage, TrainConfig, Zoo
 
 
@@ -101,6 +103,28 @@ def test_rendered_config_reads_back_equal(request, kind, tmp_path):
     assert bindings.resolve(TrainConfig, bindings.read(file))[0] == config
 
 
+def test_a_pretrained_model_has_its_own_shape_and_what_is_changed_of_it(config, tmp_path):
+    folder, file = tmp_path / "published", tmp_path / "plain.gin"
+    own = tiny_config(vocab_size=264, num_layers=2)
+    publish(folder, own, "qwen2")
+    file.write_text(bindings.render(config, {}))
+    resolve = lambda *more: bindings.resolve(
+        TrainConfig, [*bindings.read(file), *bindings.parse_set(["model = @Pretrained", *more])]
+    )[0]
+    path = f'model.path = "{folder}"'
+    assert resolve(path).model_config == dataclasses.replace(own, dtype="bfloat16", param_dtype="float32")
+    made = resolve(path, "model.rope.theta = 2e6", "model.rope.scaling = @Linear", "model.rope.scaling.factor = 2")
+    assert made.model_config.rope == Rope(theta=2e6, scaling=Linear(factor=2.0))
+    file.write_text(bindings.render(made, {}))
+    assert bindings.resolve(TrainConfig, bindings.read(file))[0] == made
+    with pytest.raises(ConfigError, match="sequence_length=16 must not exceed model.max_position=15"):
+        resolve(path, "model.max_position = 15")
+    with pytest.raises(ConfigError, match='path="" names no model'):
+        resolve('model.path = ""')
+    with pytest.raises(FileError, match="nowhere does not exist"):
+        resolve(f'model.path = "{tmp_path / "nowhere"}"')
+
+
 def test_rope_scalings_are_bound_by_name(config, tmp_path):
     fields = dict(factor=2.0, original_positions=16, beta_fast=32.0, beta_slow=1.0, attention_factor=1.07)
     lines = ["@Yarn", *fields.values()]
@@ -171,6 +195,6 @@ def test_a_mistake_in_a_stage_is_said_with_its_line(config, tmp_path):
 
 
 def test_a_published_model_begins_with_another_theta(config, change):
-    made = change(config, "model", Zoo(name="Qwen2.5-7B", theta=1e4))
+    made = change(config, "model", Zoo(name="Qwen2.5-7B", rope=Rope(theta=1e4)))
     assert made.model_config.rope == Rope(theta=1e4)
     assert change(config, "model", Zoo(name="Qwen2.5-7B")).model_config.rope == Rope(theta=1e6)

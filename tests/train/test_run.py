@@ -16,11 +16,12 @@ import pytest
 
 from qwen_jax import bindings
 from qwen_jax.config import ModelConfig
-from qwen_jax.errors import INTERRUPTED, SAVED_PLEASE_RESTART, ConfigError, FileError, NumericalError
+from qwen_jax.errors import INTERRUPTED, SAVED_PLEASE_RESTART, ConfigError, DataError, FileError, NumericalError
+from qwen_jax.model import stack_layers
 from qwen_jax.weights.checkpoint import Checkpoints, open_checkpoint
 from tests.train.conftest import record
 from train import run as run_module
-from train.config import Mesh, Profile, Stage
+from train.config import Mesh, Pretrained, Profile, Stage
 from train.record import METRICS
 
 pytestmark = pytest.mark.usefixtures("enough_devices")
@@ -135,6 +136,31 @@ def test_a_mixture_of_experts_trains_on_a_mesh_and_says_how_even_it_is(mixture, 
     assert all(row.keys() >= {"balance", "z", "max_load"} for row in trained)
     assert all(1 <= row["max_load"] <= 4 / 2 for row in trained)
     assert trained[-1]["loss"] < trained[0]["loss"]
+
+
+def test_a_run_begins_with_the_weights_of_another(config, change, tmp_path, monkeypatch):
+    assert run(config) == 0
+    begin, begun = run_module.pretrained_state, []
+
+    def pretrained_state(*arguments, **options):
+        state = begin(*arguments, **options)
+        begun.append(jax.device_get((state.step, stack_layers(state.params))))
+        return state
+
+    monkeypatch.setattr(run_module, "pretrained_state", pretrained_state)
+    again = change(change(config, "run_dir", str(tmp_path / "again")), "model", Pretrained(path=config.run_dir))
+    again = change(again, "model.dtype", "float32")
+    assert run(again) == 0
+    [(step, params)] = begun
+    parent = final_arrays(config)
+    assert step == 0
+    for path, x in jax.tree_util.tree_leaves_with_path((params,)):
+        assert x.tobytes() == parent[jax.tree_util.keystr(path)]
+    assert steps(again) == steps(config) and record(again)[0]["loss"] < record(config)[0]["loss"]
+    other = change(change(again, "run_dir", str(tmp_path / "other")), "data.tokenizer.vocab_size", 262)
+    with pytest.raises(DataError, match="of another tokenizer than .*run.*set data.tokenizer = @TokenizerFile"):
+        run(other)
+    assert not steps(other)
 
 
 def test_interrupt_saves_and_says_130(config):

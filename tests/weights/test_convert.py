@@ -20,7 +20,7 @@ from qwen_jax.weights.checkpoint import Checkpoints, open_checkpoint
 from qwen_jax.weights.convert import CERTIFICATE, convert
 from qwen_jax.weights.load import load_params
 from qwen_jax.weights.sinks import PublishedSink
-from qwen_jax.weights.source import SIDE_FILES, open_model
+from qwen_jax.weights.source import SIDE_FILES, open_model, read_config
 from qwen_jax.weights.verify import main as verify
 from tests.conftest import tiny_config
 from tests.published import publish, save_safetensors, tiny_tokenizer
@@ -68,6 +68,7 @@ def test_there_and_back_is_byte_identical(published, tmp_path):
         assert (back / path.name).read_bytes() == path.read_bytes(), path.name
     assert {path.name for path in back.iterdir()} == {path.name for path in folder.iterdir()} | {CERTIFICATE}
     assert verify([str(folder), str(tmp_path / "native")]) == 0
+    assert read_config(tmp_path / "native") == read_config(folder) == open_model(folder).config
 
 
 def test_small_pieces_make_the_same_files(tmp_path, monkeypatch):
