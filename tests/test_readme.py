@@ -12,6 +12,7 @@ import pytest
 from infer.config import parse
 from qwen_jax import bindings, zoo
 from tests.conftest import tiny_config
+from tests.published import publish
 from train.__main__ import main as train
 from train.config import TrainConfig
 
@@ -38,6 +39,16 @@ def test_the_config_is_one(tmp_path):
     file.write_text(CONFIG + STAGE)
     (_, first), (_, last) = bindings.resolve(TrainConfig, bindings.read(file))[0].stage_configs
     assert (first, last.data.sequence_length) == (config, 32768)
+
+
+def test_the_config_of_a_longer_run_is_one(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "long-context.md").read_text()
+    (tmp_path / "mine.gin").write_text(CONFIG)
+    (tmp_path / "long.gin").write_text(next(block for block in text.split("```\n") if block.startswith("include")))
+    publish(tmp_path / "runs" / "mine", tiny_config(), "qwen2")
+    monkeypatch.chdir(tmp_path)
+    model = bindings.resolve(TrainConfig, bindings.read(Path("long.gin")))[0].model_config
+    assert (model.max_position, model.rope.scaling.reach) == (32768, 32768)
 
 
 @pytest.mark.parametrize("words", commands("python -m train"))

@@ -56,6 +56,8 @@ class Zoo:
 class Pretrained:
     """A model with its weights: the run begins with them, and with a fresh optimiser at step 0.
 
+    Of what lies beside the weights only the tokenizer counts, and goes on; chat template and sampling defaults do not.
+
     Attributes:
       path: a published folder, a run, a checkpoint, or with the extra `hub` the name of a published model. It must stay
         for as long as the run goes on.
