@@ -113,10 +113,31 @@ ROWS = (
     Row("+ NTK + LogN", "base", "#4292c6", NTK, logn=TRAINED),
     Row("+ NTK + LogN + windows", "base", "#08519c", NTK, logn=TRAINED, windows=WINDOWS),
     Row("YaRN, as it is", "base", "#a1d99b", YARN),
-    Row(f"YaRN, {CONTINUED_STEPS} steps of {LENGTHS[-1]}", "yarn", "#238b45"),
-    Row(f"theta 1e6, {CONTINUED_STEPS} steps of {LENGTHS[-1]}", "theta", "#e08214"),
+    Row("YaRN, trained on", "yarn", "#238b45"),
+    Row("theta 1e6, trained on", "theta", "#e08214"),
 )
 
+
+TRAINING = dict(
+    steps=BASE["steps"],
+    rows=BASE["batch_size"],
+    trained=TRAINED,
+    longest=LENGTHS[-1],
+    more=CONTINUED_STEPS,
+    more_rows=CONTINUED["batch_size"],
+)
+TEXT = """
+{table}
+Perplexity of held-out files of the Python standard library: the first {longest} tokens of each of the {count} that have
+so many, read in pieces of as many tokens as the column says, so that all columns predict the same tokens. The model is
+that of [configs/quickstart.gin](../configs/quickstart.gin) with four layers, after {steps} steps of {rows} x {trained}
+tokens. "Trained on" is {more} steps more, of {more_rows} x {longest} tokens of other files: such a line is to be read
+from left to right, and beside another of its kind.
+
+![loss by position](long-context.png)
+
+`python benchmarks/long_context.py` trains, measures, and writes this part of the page.
+"""
 
 # ----------------------------------------------------------------------------------------------------- training
 
@@ -176,10 +197,13 @@ def read(config: ModelConfig, params: model.Params, text: np.ndarray, length: in
 
 
 def table(found: Sequence[np.ndarray]) -> str:
-    """Perplexities, a row for each method and a column for each length."""
-    lines = [("", *(f"{length}" for length in LENGTHS)), ("---",) * (1 + len(LENGTHS))]
+    """Perplexities, a row for each method and a column for each length; last how much the longest adds to the first."""
+    head = ("", *map(str, LENGTHS), f"{LENGTHS[-1]} to {LENGTHS[0]}")
+    lines = [head, ("---",) * len(head)]
     for row, losses in zip(ROWS, found, strict=True):
-        lines.append((row.name, *(f"{math.exp(loss):.2f}" for loss in losses.mean(axis=(1, 2)))))
+        means = losses.mean(axis=(1, 2))
+        change = math.expm1(means[-1] - means[0])
+        lines.append((row.name, *(f"{math.exp(mean):.2f}" for mean in means), f"{change:+.1%}"))
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
@@ -211,7 +235,7 @@ def main() -> int:
     measured = table(found)
     print(measured)
     draw(found, PICTURE)
-    write_measured(PAGE, f"{measured}\nOver {len(texts)} documents, of each the first {LENGTHS[-1]} tokens.\n")
+    write_measured(PAGE, TEXT.format(table=measured, count=len(texts), **TRAINING))
     return 0
 
 

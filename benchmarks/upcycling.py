@@ -19,14 +19,14 @@ from qwen_jax.weights.source import open_model
 from train.record import METRICS, rows
 
 RUNS, PAGE, PICTURE = Path("runs/upcycling"), Path("docs/upcycling.md"), Path("docs/upcycling.png")
-STEPS, CONTINUED_STEPS, EVERY = 500, 300, 25
+STEPS, CONTINUED_STEPS = 500, 300
 MLP_WIDTH = 384
 
 COMMON = {
     "data.tokens": str(RUNS / "tokens"),
-    "data.held_out": 0.01,
-    "evaluation.every": EVERY,
-    "checkpoint.keep": 1,
+    "data.held_out": 0.005,
+    "evaluation.every": 50,
+    "evaluation.batches": 0,  # all, so that every point of a curve is over the same text
 }
 # Of the shape of Qwen3, whose mixtures have no shared expert: nothing but the experts' weights decides what is mixed.
 DENSE = {
