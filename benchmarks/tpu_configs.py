@@ -31,7 +31,7 @@ TEXT = """\
 - step: a roofline over the compiler's cycles, attention at half of the peak rate, and the links;
 - MFU: causal attention counts half, recomputation nothing.
 
-Of a run with stages the row is its last one, which needs the most.
+Of a run with stages the row is of the last.
 
 `python benchmarks/tpu_configs.py` writes this page; `python -m train.plan CONFIG.gin --topology v5e-256` says more of
 one run. All are pretraining, the one objective there is today.
