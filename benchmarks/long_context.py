@@ -24,7 +24,7 @@ import numpy as np
 from small_runs import GREY, picture, train, write_measured
 
 from qwen_jax import model, sharding
-from qwen_jax.config import ModelConfig, QwenNTK, Scaling, Yarn
+from qwen_jax.config import DualChunk, ModelConfig, QwenNTK, Scaling, Yarn
 from qwen_jax.weights.load import load_params
 from qwen_jax.weights.source import open_model
 from train.data import TokenShards
@@ -77,6 +77,8 @@ YARN = Yarn(
     beta_slow=1.0,
     attention_factor=0.1 * math.log(LENGTHS[-1] / TRAINED) + 1,
 )
+# Chunks of the training length, as published for Qwen2.5-1M.
+DUAL_CHUNK = DualChunk(chunk_size=TRAINED, local_size=TRAINED // 8, original_positions=TRAINED)
 THETA = 1e6  # what Qwen2 raised its base to, from the same 10000 and for as many times more tokens
 
 
@@ -113,6 +115,7 @@ ROWS = (
     Row("+ NTK + LogN", "base", "#4292c6", NTK, logn=TRAINED),
     Row("+ NTK + LogN + windows", "base", "#08519c", NTK, logn=TRAINED, windows=WINDOWS),
     Row("YaRN, as it is", "base", "#a1d99b", YARN),
+    Row("dual chunk attention", "base", "#756bb1", DUAL_CHUNK),
     Row("YaRN, trained on", "yarn", "#238b45"),
     Row("theta 1e6, trained on", "theta", "#e08214"),
 )
