@@ -116,6 +116,7 @@ ROWS = (
     Row("+ NTK + LogN + windows", "base", "#08519c", NTK, logn=TRAINED, windows=WINDOWS),
     Row("YaRN, as it is", "base", "#a1d99b", YARN),
     Row("dual chunk attention", "base", "#756bb1", DUAL_CHUNK),
+    Row("original, trained on", "plain", "#fb9a99"),
     Row("YaRN, trained on", "yarn", "#238b45"),
     Row("theta 1e6, trained on", "theta", "#e08214"),
 )
@@ -229,6 +230,7 @@ def main() -> int:
     RUNS.mkdir(parents=True, exist_ok=True)
     train(RUNS / "base", BASE)
     write_long_documents()
+    train(RUNS / "plain", CONTINUED)
     rope = {f"model.rope.scaling.{name}": value for name, value in dataclasses.asdict(YARN).items()}
     train(RUNS / "yarn", {**CONTINUED, "model.rope.theta": 1e4, "model.rope.scaling": "@Yarn", **rope})
     train(RUNS / "theta", {**CONTINUED, "model.rope.theta": THETA})

@@ -44,4 +44,4 @@ def picture() -> tuple[Figure, Axes]:
 def write_measured(page: Path, measured: str) -> None:
     """Puts what was measured in the place of all that follows the heading "Measured" of a page."""
     before, heading, _ = page.read_text().partition("## Measured\n")
-    page.write_text(f"{before}{heading}\n{measured}")
+    page.write_text(before + heading + measured)
