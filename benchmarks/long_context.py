@@ -35,6 +35,7 @@ TOKENS, LONG = RUNS / "tokens", RUNS / "long.jsonl"
 TRAINED, LENGTHS = 512, (512, 1024, 2048, 4096)
 VOCABULARY, LAYERS = 512, 4
 CONTINUED_STEPS = 40
+SMOOTHED = 128  # neighbouring positions that are a point of the picture
 EVERY_NTH = 5  # of the long documents of the training split, those that continuations see: more than they need
 
 BASE = {
@@ -90,7 +91,8 @@ class Row:
       name: in the table.
       run: below RUNS.
       color: in the picture.
-      scaling, logn, windows: of the model; None for those of the run.
+      scaling: of the model's rope; None for the run's.
+      logn, windows: as in ModelConfig.
     """
 
     name: str
@@ -121,7 +123,6 @@ ROWS = (
     Row("theta 1e6, trained on", "theta", "#e08214"),
 )
 
-
 TRAINING = dict(
     steps=BASE["steps"],
     rows=BASE["batch_size"],
@@ -129,14 +130,18 @@ TRAINING = dict(
     longest=LENGTHS[-1],
     more=CONTINUED_STEPS,
     more_rows=CONTINUED["batch_size"],
+    windows=", ".join(map(str, WINDOWS)),
+    chunk=DUAL_CHUNK.chunk_size,
+    smoothed=SMOOTHED,
 )
 TEXT = """
 {table}
 Perplexity of held-out files of the Python standard library: the first {longest} tokens of each of the {count} that have
 so many, read in pieces of as many tokens as the column says, so that all columns predict the same tokens. The model is
 that of [configs/quickstart.gin](../configs/quickstart.gin) with four layers, after {steps} steps of {rows} x {trained}
-tokens. "Trained on" is {more} steps more, of {more_rows} x {longest} tokens of other files: such a line is to be read
-from left to right, and beside another of its kind.
+tokens. Its windows are {windows}, layer by layer (0 for all), and dual chunk attention has chunks of {chunk}. "Trained
+on" is {more} steps more, of {more_rows} x {longest} tokens of other files: such a line is to be read from left to
+right, and beside others of its kind. The picture has the last column by position, as means of {smoothed}.
 
 ![loss by position](long-context.png)
 
@@ -212,11 +217,11 @@ def table(found: Sequence[np.ndarray]) -> str:
 
 
 def draw(found: Sequence[np.ndarray], path: Path) -> None:
-    """Loss by position in texts that are read whole, as means of 128 neighbours."""
+    """Loss by position in texts that are read whole."""
     figure, axes = picture()
     for row, losses in zip(ROWS, found, strict=True):
-        means = losses[-1].mean(axis=0).reshape(-1, 128).mean(axis=1)
-        axes.plot(64 + 128 * np.arange(len(means)), means, color=row.color, linewidth=1.8, label=row.name)
+        means = losses[-1].mean(axis=0).reshape(-1, SMOOTHED).mean(axis=1)
+        axes.plot(SMOOTHED * (np.arange(len(means)) + 0.5), means, color=row.color, linewidth=1.8, label=row.name)
     axes.axvline(TRAINED, color=GREY, linewidth=1, linestyle=(0, (5, 4)))
     axes.text(TRAINED, 1.01, "trained so far", transform=axes.get_xaxis_transform(), ha="center", color=GREY)
     axes.set(xlabel="position", ylabel="nats per token", xlim=(0, LENGTHS[-1]))
