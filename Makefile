@@ -45,5 +45,6 @@ parity: $(VENV)/parity
 
 bench: $(VENV)/parity
 	$(BIN)/python benchmarks/train_cpu.py
+	$(BIN)/python benchmarks/moe_cpu.py
 	$(BIN)/python benchmarks/generate_cpu.py
 	$(BIN)/python benchmarks/convert.py
