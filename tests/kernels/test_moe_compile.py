@@ -1,5 +1,5 @@
-"""Experts through the TPU compiler, over a mesh that splits them: what a step takes does not grow with their number, and
-what goes over `expert` is what the formula says."""
+"""Experts through the TPU compiler, over a mesh that splits them: what a step takes does not grow with their number,
+and what goes over `expert` is what the formula says."""
 
 from __future__ import annotations
 
