@@ -20,6 +20,7 @@ class Options:
       model: a published folder, a run or checkpoint folder of ours, or the name of a published model.
       allow_pickle_format: whether weights in PyTorch's own format are read.
       dtype: type of parameters and computation; None for the checkpoint's.
+      sparse_prefill: prompts of more tokens are taken in with sparse attention; None for full attention.
       format: name of a chat format; None for the model's own.
       thinking: False closes an empty thought before every answer.
       max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty: None for the model's own default;
@@ -30,6 +31,7 @@ class Options:
     model: str
     allow_pickle_format: bool
     dtype: DType | None
+    sparse_prefill: int | None
     format: str | None
     thinking: bool
     max_new_tokens: int | None
@@ -122,6 +124,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     add("--allow-pickle-format", action="store_true", help="read weights in PyTorch's own format, too")
     add("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the checkpoint's)")
+    add(
+        "--sparse-prefill",
+        metavar="TOKENS",
+        type=_integer(64),
+        help="take in prompts of more than TOKENS with vertical-slash sparse attention, an approximation that is "
+        "faster where they have tens of thousands (published: 32768; default: off)",
+    )
     add(
         "--format",
         metavar="NAME",

@@ -11,11 +11,13 @@ from qwen_jax.engine.completion import Completion, generate
 from qwen_jax.engine.decode import Engine
 from qwen_jax.engine.stop import StopStrings
 from qwen_jax.ops.sampling import Sampling
+from qwen_jax.ops.vertical_slash import VerticalSlash
 
 __all__ = [
     # The model, ready to decode
     "Engine",
     "load",
+    "VerticalSlash",
     # How tokens are chosen, and what comes of them
     "Sampling",
     "Completion",

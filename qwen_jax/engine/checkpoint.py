@@ -10,13 +10,19 @@ from jax.sharding import Mesh
 from qwen_jax.config import DType
 from qwen_jax.engine.decode import Engine
 from qwen_jax.errors import ModelError
+from qwen_jax.ops.vertical_slash import VerticalSlash
 from qwen_jax.text import Tokenizer
 from qwen_jax.weights.load import load_params
 from qwen_jax.weights.source import NativeCheckpoint, PublishedFolder
 
 
 def load(
-    model: PublishedFolder | NativeCheckpoint, tokenizer: Tokenizer, *, mesh: Mesh, dtype: DType | None = None
+    model: PublishedFolder | NativeCheckpoint,
+    tokenizer: Tokenizer,
+    *,
+    mesh: Mesh,
+    dtype: DType | None = None,
+    sparse: VerticalSlash | None = None,
 ) -> Engine:
     """The engine of a model.
 
@@ -25,6 +31,7 @@ def load(
       tokenizer: the model's own, `model.tokenizer()`, which prompts are encoded with.
       mesh: the devices to run on.
       dtype: type of parameters and computation; None for the one the model was trained to compute in.
+      sparse: how long prompts are taken in; None for full attention.
 
     Raises FileError or ModelError.
     """
@@ -39,4 +46,4 @@ def load(
         # Once, here: a step that cast its weights or cut them from a stack would spend most of its time on that.
         params = load_params(model, dtype=dtype, stacked=False)
     config = dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype)
-    return Engine(config, params, num_tokens=tokenizer.num_tokens, mesh=mesh)
+    return Engine(config, params, num_tokens=tokenizer.num_tokens, mesh=mesh, sparse=sparse)

@@ -20,6 +20,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import ConfigError, NumericalError
 from qwen_jax.model import Cache, Params, forward, logits, make_cache
 from qwen_jax.ops.sampling import Sampling, Stages, sample
+from qwen_jax.ops.vertical_slash import VerticalSlash
 
 # Lengths are rounded up to powers of two from here, so that few shapes are ever compiled.
 SHORTEST = 64
@@ -37,18 +38,28 @@ class Engine:
       mesh: the devices it runs on.
     """
 
-    def __init__(self, config: ModelConfig, params: Params, *, num_tokens: int, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        num_tokens: int,
+        mesh: Mesh,
+        sparse: VerticalSlash | None = None,
+    ) -> None:
         """
         Args:
           config: shape and constants.
           params: one entry per layer (`unstack_layers`), in the config's dtype, on `mesh`.
           num_tokens: tokens the tokenizer has; later rows of the embedding are padding.
           mesh: the devices.
+          sparse: how long prompts are taken in; None for full attention, which is what the model computes.
         """
         self.config = config
         self.mesh = mesh
         self._params = params
         self._num_tokens = num_tokens
+        self._sparse = sparse
 
     def decode(
         self,
@@ -87,7 +98,7 @@ class Engine:
             seen = None if stages.repetition_penalty is None else _seen(prompts, self.config.vocab_size)
             keys = row_keys(jax.random.key(np.uint32(seed)), _split(np.array(rows, np.uint32), "b"))
             choice = dict(keys=keys, stages=stages, num_tokens=self._num_tokens)
-            tokens, cache = prefill(self.config, self._params, tokens, positions, seen, **choice)
+            tokens, cache = prefill(self.config, self._params, tokens, positions, seen, sparse=self._sparse, **choice)
             cache = cache.grow(bucket(longest + min(max_new_tokens, HEADROOM)))
         for written in range(longest, longest + max_new_tokens - 1):
             with jax.set_mesh(self.mesh):
@@ -143,7 +154,7 @@ def _read(tokens: Int[Array, " B"], count: int) -> np.ndarray:
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_tokens"))
+@functools.partial(jax.jit, static_argnames=("config", "num_tokens", "sparse"))
 def prefill(
     config: ModelConfig,
     params: Params,
@@ -154,6 +165,7 @@ def prefill(
     keys: Key[Array, " B"],
     stages: Stages,
     num_tokens: int,
+    sparse: VerticalSlash | None = None,
 ) -> tuple[Int[Array, " B"], Cache]:
     """The token after each prompt, and a cache of T slots that holds the prompts.
 
@@ -162,8 +174,8 @@ def prefill(
     """
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1], dtype=jnp.int32), prompts.shape)
     positions = _split(positions, "bt")
-    cache = make_cache(config, *prompts.shape, lengths=lengths)
-    hidden, cache = forward(config, params, prompts, positions, cache=cache)
+    cache = make_cache(config, *prompts.shape, lengths=lengths, sparse=sparse)
+    hidden, cache = forward(config, params, prompts, positions, cache=cache, sparse=sparse)
     # One position per prompt goes to the head: all of them would make [B, T, V] logits. Picked by a sum with one
     # term, which is exact, and has one meaning however the positions are split.
     last = jnp.where((positions == lengths[:, None] - 1)[..., None], hidden, 0).sum(axis=1, keepdims=True)

@@ -13,13 +13,18 @@ from qwen_jax.ops.attention import Implementation, attention
 from qwen_jax.ops.dual_chunk import dual_chunk_attention
 from qwen_jax.ops.mask import Mask
 from qwen_jax.ops.rope import Rotation, rotate
+from qwen_jax.ops.vertical_slash import VerticalSlash, vertical_slash_attention
 
 
 class Attention(nn.Module):
-    """Project, rotate, attend, project back; with a cache, the keys and values are written to it and read from it."""
+    """Project, rotate, attend, project back; with a cache, the keys and values are written to it and read from it.
+
+    With `sparse`, which is for prompts in a cache of more slots than its threshold, rows above that are sparse.
+    """
 
     config: ModelConfig
     implementation: Implementation
+    sparse: VerticalSlash | None = None
 
     @nn.compact
     def __call__(
@@ -33,18 +38,24 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, dtype, name="q_norm")(q)
             k = RMSNorm(c.norm_eps, dtype, name="k_norm")(k)
-        q, *afar = (rotate(q, by) for by in (rotation, *rotation.afar))
+        turned = tuple(rotate(q, by) for by in (rotation, *rotation.afar))
+        search = tuple(rotate(q, by) for by in rotation.search)
         k, v = rotate(k, rotation).swapaxes(1, 2), v.swapaxes(1, 2)
         if rotation.logn is not None:
-            q = q * rotation.logn
+            turned = (turned[0] * rotation.logn,)
         if cache is not None:
             cache = write(cache, k, v, mask.query_positions)
             k, v = cache.k, cache.v
-        if isinstance(c.rope.scaling, DualChunk):
-            chunk = c.rope.scaling.chunk
-            y = dual_chunk_attention((q, *afar), k, v, mask, chunk=chunk, implementation=self.implementation)
+        chunk = c.rope.scaling.chunk if isinstance(c.rope.scaling, DualChunk) else None
+        if self.sparse:
+            y = vertical_slash_attention(
+                turned, (turned[0], *search), k, v, mask,
+                sparse=self.sparse, chunk=chunk, implementation=self.implementation,
+            )  # fmt: skip
+        elif chunk:
+            y = dual_chunk_attention(turned, k, v, mask, chunk=chunk, implementation=self.implementation)
         else:
-            y = attention(q, k, v, mask, implementation=self.implementation)
+            y = attention(turned[0], k, v, mask, implementation=self.implementation)
         # As in Qwen1: what is added to the residual stream starts smaller the more layers add to it.
         o_shape, scale = (c.width, c.num_heads, c.head_dim), 0.5 / c.num_layers
         return Linear("btnh,dnh->btd", o_shape, dtype, scale=scale, name="o")(y), cache

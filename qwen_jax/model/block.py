@@ -18,6 +18,7 @@ from qwen_jax.ops.attention import Implementation
 from qwen_jax.ops.mask import Mask
 from qwen_jax.ops.rope import Rotation
 from qwen_jax.ops.router import Load
+from qwen_jax.ops.vertical_slash import VerticalSlash
 
 
 class Block(nn.Module):
@@ -28,6 +29,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     implementation: Implementation
+    sparse: VerticalSlash | None = None
 
     @nn.compact
     def __call__(
@@ -40,7 +42,7 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, Load | None]]:
         eps, dtype = self.config.norm_eps, jnp.dtype(self.config.param_dtype)
         mask = dataclasses.replace(mask, window=window)
-        attend = Attention(self.config, self.implementation, name="attention")
+        attend = Attention(self.config, self.implementation, self.sparse, name="attention")
         y, cache = attend(RMSNorm(eps, dtype, name="attention_norm")(x), rotation, mask, cache)
         x = x + y
         y = RMSNorm(eps, dtype, name="mlp_norm")(x)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen_jax import sharding
 from qwen_jax.config import ModelConfig
+from qwen_jax.ops.vertical_slash import VerticalSlash
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +33,7 @@ class Cache:
 
     Attributes:
       layers: the keys and values.
-      lengths: tokens of each row's prompt, where the rotations depend on them; None elsewhere.
+      lengths: tokens of each row's prompt, where rotations or sparse prefill depend on them; None elsewhere.
     """
 
     layers: tuple[LayerCache, ...]
@@ -50,15 +51,25 @@ class Cache:
         return dataclasses.replace(self, layers=layers)
 
 
-def make_cache(config: ModelConfig, batch: int, length: int, *, lengths: Int[Array, " B"] | None = None) -> Cache:
+def make_cache(
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    *,
+    lengths: Int[Array, " B"] | None = None,
+    sparse: VerticalSlash | None = None,
+) -> Cache:
     """An empty cache for `batch` rows of up to `length` tokens, in the config's dtype.
 
-    `lengths` are the tokens of each row's prompt, without padding: wanted, and kept, where `config.rope` goes by them.
+    `lengths` are the tokens of each row's prompt, without padding: wanted, and kept, where `config.rope` or sparse
+    prefill goes by them.
     """
-    if not config.rope.by_length:
+    if not (config.rope.by_length or sparse):
         lengths = None
     elif lengths is None:
-        raise ValueError("this model's rotations depend on the lengths of the prompts: give make_cache their `lengths`")
+        raise ValueError(
+            "rotations or sparse prefill go by the lengths of the prompts: give make_cache their `lengths`"
+        )
     shape = (batch, config.num_kv_heads, length, config.head_dim)
     split = sharding.activation("bksh", shape)
     layer = lambda: jnp.zeros(shape, config.dtype, out_sharding=split)

@@ -23,6 +23,7 @@ from qwen_jax.ops.linear import product
 from qwen_jax.ops.mask import Mask
 from qwen_jax.ops.rope import rotation
 from qwen_jax.ops.router import Load
+from qwen_jax.ops.vertical_slash import VerticalSlash
 
 Params = Mapping[str, Any]
 Remat = Literal["none", "dots", "full"]
@@ -39,6 +40,7 @@ class Qwen(nn.Module):
       remat: what the backward pass recomputes: nothing, all but matrix products, or whole layers.
       attention: which implementation.
       balanced: the columns are in the order of `sharding.balanced_columns`.
+      sparse: how prompts are taken into a cache; None for full attention.
     """
 
     config: ModelConfig
@@ -46,6 +48,7 @@ class Qwen(nn.Module):
     remat: Remat = "none"
     attention: Implementation = "auto"
     balanced: bool = False
+    sparse: VerticalSlash | None = None
 
     @nn.compact
     def __call__(
@@ -59,8 +62,16 @@ class Qwen(nn.Module):
         dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
         x = embed(tokens, Table((c.vocab_size, c.width), param_dtype, name="embed")(), dtype=dtype)
         lengths = _lengths(positions, segments, cache) if c.rope.by_length else None
-        turn = rotation(c.rope, positions, lengths, head_dim=c.head_dim, logn=c.logn, dtype=dtype)
+        sparse = self.sparse
+        # In full: a token that is decoded, and prompts that fit below the threshold, in the program too.
+        if cache is None or tokens.shape[1] == 1 or (sparse and cache.length <= sparse.threshold):
+            sparse = None
+        turn = rotation(
+            c.rope, positions, lengths, head_dim=c.head_dim, logn=c.logn, dtype=dtype, search=sparse is not None
+        )
         mask = _mask(positions, segments, cache, balanced=self.balanced)
+        if cache is not None and sparse:
+            mask = dataclasses.replace(mask, lengths=cache.lengths)
         block = Block
         if self.remat != "none":
             # Under scan the loop itself keeps the recomputation from being merged with the forward pass.
@@ -80,7 +91,7 @@ class Qwen(nn.Module):
             for i in range(c.num_layers):
                 window = jnp.int32(c.windows[i]) if c.windows and c.windows[i] else None
                 layer = None if cache is None else cache.layers[i]
-                x, (layer, load) = block(c, self.attention, name=f"layers_{i}")(x, window, layer, turn, mask)
+                x, (layer, load) = block(c, self.attention, sparse, name=f"layers_{i}")(x, window, layer, turn, mask)
                 filled.append(layer)
                 loads.append(load)
             cache = None if cache is None else dataclasses.replace(cache, layers=tuple(filled))
@@ -151,6 +162,7 @@ def forward(
     *,
     cache: Cache,
     attention: Implementation = "auto",
+    sparse: VerticalSlash | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]: ...
 
 
@@ -179,6 +191,7 @@ def forward(
     remat: Remat = "none",
     attention: Implementation = "auto",
     balanced: bool = False,
+    sparse: VerticalSlash | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """The hidden states of `tokens`, and the cache with them written to it.
 
@@ -193,12 +206,15 @@ def forward(
       attention: which implementation.
       balanced: columns are in the order of `sharding.balanced_columns`, which on a mesh with a `context` axis gives
         each device the same work.
+      sparse: with a cache made for it: prompts above its threshold are taken in with sparse attention.
     """
     scan = "layers" in params
     if scan and cache is not None:
         raise ValueError("decoding takes parameters of one entry per layer: call unstack_layers(params) once before")
+    if sparse and (cache is None or cache.lengths is None):
+        raise ValueError("sparse prefill takes a cache that knows the prompts' lengths: make_cache(..., sparse=...)")
     arrays = _split(tokens, positions, segments)
-    hidden, cache, _ = _apply(Qwen(config, scan, remat, attention, balanced), params, *arrays, cache)
+    hidden, cache, _ = _apply(Qwen(config, scan, remat, attention, balanced, sparse), params, *arrays, cache)
     return hidden, cache
 
 

@@ -43,8 +43,15 @@ def attention(
     Scores, softmax and sums are float32; probabilities take q's dtype for the product with v. Queries may be split
     over `context`; keys and values are gathered along it. Raises ConfigError if the implementation cannot do this.
     """
+    return on_each_device(body(implementation, q, mask), q, k, v, mask)
+
+
+def body(
+    implementation: Implementation, q: Float[Array, "B T N H"], mask: Mask
+) -> Callable[..., Float[Array, "B T N H"]]:
+    """What computes this on a device, of (q, k, v, mask). Raises ConfigError as `choose`."""
     bodies = {"reference": reference, "xla": _xla, "pallas": _pallas, "cudnn": _cudnn}
-    return on_each_device(bodies[choose(implementation, q, mask)], q, k, v, mask)
+    return bodies[choose(implementation, q, mask)]
 
 
 def on_each_device(
@@ -66,6 +73,7 @@ def on_each_device(
         query_segments=None if mask.query_segments is None else by_query,
         key_segments=None if mask.key_segments is None else by_key,
         window=None if mask.window is None else P(),
+        lengths=None if mask.lengths is None else P(queries[0]),
     )
     # Each device then has all it needs: the body has no communication, and is the same on any mesh.
     arguments, in_specs = (q, k, v, mask), (jax.tree.map(lambda _: queries, q), keys, keys, specs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,17 +44,23 @@ def dual_chunk_attention(
     """
     if k.shape[2] <= chunk:
         return attention(queries[0], k, v, mask, implementation=implementation)
+    return on_each_device(body(implementation, queries, mask, chunk=chunk), queries, k, v, mask)
+
+
+def body(
+    implementation: Implementation, queries: Queries, mask: Mask, *, chunk: int
+) -> Callable[..., Float[Array, "B T N H"]]:
+    """What computes this on a device, of (queries, k, v, mask), where there are more keys than a chunk has."""
     if implementation == "cudnn":
         raise ConfigError(
-            f"attention='cudnn' cannot be used, since dual chunk attention cuts rows of {k.shape[2]} tokens into "
-            f"chunks of {chunk}; choose 'auto'"
+            f"attention='cudnn' cannot be used, since dual chunk attention cuts rows of {mask.key_positions.shape[1]} "
+            f"tokens into chunks of {chunk}; choose 'auto'"
         )
     name = choose(implementation, queries[0], mask)
     if name == "reference" or (name == "xla" and few(queries[0]) and not mask.aligned):
-        body = functools.partial(_in_one_softmax, chunk=chunk)
-    else:
-        body = functools.partial(_in_parts, chunk=chunk, by_index=name == "pallas")
-    return on_each_device(body, queries, k, v, mask)
+        return functools.partial(_in_one_softmax, chunk=chunk)
+    compute = functools.partial(in_parts, chunk=chunk, by_index=name == "pallas")
+    return lambda *arguments: compute(*arguments)[0]
 
 
 def _in_one_softmax(
@@ -75,11 +81,13 @@ def _in_one_softmax(
     return out.astype(q.dtype).reshape(q.shape)
 
 
-def _in_parts(
+def in_parts(
     queries: Queries, k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Mask, *, chunk: int, by_index: bool
-) -> Float[Array, "B T N H"]:
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """A device's attention, and the log-sum-exp of its scores."""
     compute = partial_pallas if by_index else partial_xla
-    return merge([compute(queries[kind], k, v, part) for kind, part in _parts(mask, chunk, by_index=by_index)])
+    parts = [compute(queries[kind], k, v, part) for kind, part in _parts(mask, chunk, by_index=by_index)]
+    return merge(parts), jax.nn.logsumexp(jnp.stack([lse for _, lse in parts]), axis=0)
 
 
 def merge(

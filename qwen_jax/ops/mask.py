@@ -28,6 +28,7 @@ class Mask:
       balanced: that order is the one of `sharding.balanced_columns`, which without a `context` axis is the same.
       band: the least and the most t - s that may be visible where aligned, None for any; lets an implementation skip
         more of what all else hides.
+      lengths: [B], tokens of each row's prompt, without padding, where sparse attention looks at them; None elsewhere.
     """
 
     query_positions: Int[Array, "B T"]
@@ -35,6 +36,7 @@ class Mask:
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
     window: Int[Array, ""] | None = None
+    lengths: Int[Array, " B"] | None = None
     aligned: bool = dataclasses.field(default=False, metadata={"static": True})
     balanced: bool = dataclasses.field(default=False, metadata={"static": True})
     band: tuple[int, int | None] = dataclasses.field(default=(0, None), metadata={"static": True})

@@ -23,12 +23,15 @@ class Rotation:
       logn: [B, T, 1, 1], what queries are multiplied with once turned; None for one.
       afar: of dual chunk attention, how queries turn for keys of the chunk before theirs, and for those of all earlier
         chunks; empty for others.
+      search: likewise where their true distance to keys shows, by which sparse attention looks for its pattern; empty
+        unless asked for.
     """
 
     cos: Array
     sin: Array
     logn: Array | None = None
     afar: tuple[Rotation, ...] = ()
+    search: tuple[Rotation, ...] = ()
 
 
 def rotation(
@@ -39,6 +42,7 @@ def rotation(
     head_dim: int,
     logn: int,
     dtype: jnp.dtype,
+    search: bool = False,
 ) -> Rotation:
     """The rotation of pair i by `positions[b, t] * frequencies[i]`.
 
@@ -49,13 +53,16 @@ def rotation(
       head_dim: H.
       logn: the training length of log-n attention; 0 for none.
       dtype: of the heads.
+      search: whether `Rotation.search` is wanted.
     """
     turns = frequencies(rope, positions, lengths, head_dim=head_dim)
     match rope.scaling:
         case DualChunk() as chunks:
             factor = _length_factor(chunks, positions, lengths) if rope.by_length else None
-            own, *afar = (_turned(at, turns, factor, dtype) for at in _within_chunks(chunks, positions))
-            return dataclasses.replace(own, afar=tuple(afar))
+            turned = lambda places: tuple(_turned(at, turns, factor, dtype) for at in places)
+            own, *afar = turned(_within_chunks(chunks, positions))
+            true = turned(_past_chunks(chunks, positions)) if search else ()
+            return dataclasses.replace(own, afar=tuple(afar), search=true)
         case Yarn(attention_factor=factor):
             turned = _turned(positions, turns, factor, dtype)
         case _:
@@ -86,6 +93,15 @@ def _within_chunks(chunks: DualChunk, positions: Int[Array, "B T"]) -> list[Int[
         jnp.minimum(within + chunks.chunk, size),
         jnp.full_like(positions, min(2 * chunks.chunk - 1, size)),
     ]
+
+
+def _past_chunks(chunks: DualChunk, positions: Int[Array, "B T"]) -> list[Int[Array, "B T"]]:
+    """Where queries for keys of the chunk before, and of earlier ones, stand without the limit of the chunk size.
+
+    As published: of all earlier chunks too, a key further on in its chunk seems nearer.
+    """
+    within = positions % chunks.chunk
+    return [within + chunks.chunk, within + chunks.chunk_size]
 
 
 def _length_factor(

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import infer.generate
+import infer.model
+from qwen_jax.engine import VerticalSlash, load
 from tests.conftest import tiny_config
 from tests.infer.conftest import TEMPLATE, save_run, variant
 
@@ -94,6 +96,19 @@ def test_greedy_does_not_depend_on_the_seed_and_bfloat16_runs(command):
     assert code == 0 and "9 tokens" in err
 
 
+@pytest.mark.parametrize("asked, threshold", [(["--sparse-prefill", "64"], 64), ([], None)])
+@pytest.mark.parametrize(
+    "program", [["generate", "--prompt", "low", "--max-new-tokens", "1"], ["chat", "--format", "qwen2"]]
+)
+def test_sparse_prefill_reaches_the_engine(run_infer, long_run, monkeypatch, program, asked, threshold):
+    given = []
+    monkeypatch.setattr(
+        infer.model, "load", lambda *a, sparse, **k: given.append(sparse) or load(*a, sparse=sparse, **k)
+    )
+    assert run_infer(program[0], long_run, *program[1:], *asked)[0] == 0
+    assert given == [threshold and VerticalSlash(threshold=threshold)]
+
+
 def test_every_place_of_the_checkpoint_may_be_named(command, run_folder):
     places = [run_folder, run_folder / "checkpoints", run_folder / "checkpoints" / "00000007"]
     assert len({command("--prompt", "low", *SHORT, model=place)[:2] for place in places}) == 1
@@ -135,6 +150,7 @@ def test_interruption_keeps_what_was_made(command, tmp_path, monkeypatch):
         (["--prompt", "a", "--max-new-tokens", "0"], 2, "--max-new-tokens: 0 must be 1 or more"),
         (["--prompt", "a", "--seed", "-1"], 2, "--seed: -1 must be 0 or more"),
         (["--prompt", "a", "--seed", str(2**32)], 2, "at most 4294967295"),
+        (["--prompt", "a", "--sparse-prefill", "63"], 2, "--sparse-prefill: 63 must be 64 or more"),
         (["--prompt", "a", "--n", "x"], 2, "--n: invalid integer value: 'x'"),
         (["--prompt", "a", "--temp", "1"], 2, "unrecognized arguments: --temp 1"),
         (["--prompt", "a", "--max-new-tokens", "64"], 3, "--prompt 1: .* 1 tokens and 64 new ones.*at most 63"),
