@@ -55,13 +55,18 @@ def body(
 
 
 def on_each_device(
-    body: Callable[..., Float[Array, "B T N H"]],
+    body: Callable[..., Array],
     q: Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], ...],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     mask: Mask,
-) -> Float[Array, "B T N H"]:
-    """`body(q, k, v, mask)` of what each device has, with all the keys that its queries may see."""
+    *,
+    rank: int = 4,
+) -> Array:
+    """`body(q, k, v, mask)` of what each device has, with all the keys that its queries may see.
+
+    The result has the first `rank` dimensions of q.
+    """
     k, v = _one_kv_head_per_device(k), _one_kv_head_per_device(v)
     queries = sharding.activation("btnh", jax.tree.leaves(q)[0].shape)
     keys = sharding.activation("bksh", k.shape)
@@ -77,7 +82,7 @@ def on_each_device(
     )
     # Each device then has all it needs: the body has no communication, and is the same on any mesh.
     arguments, in_specs = (q, k, v, mask), (jax.tree.map(lambda _: queries, q), keys, keys, specs)
-    local = jax.shard_map(body, in_specs=in_specs, out_specs=queries, check_vma=False)
+    local = jax.shard_map(body, in_specs=in_specs, out_specs=P(*queries[:rank]), check_vma=False)
     return local(*jax.tree.map(jax.sharding.reshard, arguments, in_specs))
 
 

@@ -21,8 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qwen_jax import sharding
 from qwen_jax.errors import ConfigError
 from qwen_jax.ops import dual_chunk
-from qwen_jax.ops.attention import Implementation, body, on_each_device
-from qwen_jax.ops.blockwise import blockwise
+from qwen_jax.ops.attention import Implementation, body, on_each_device, partial_xla
 from qwen_jax.ops.mask import HIDDEN, Mask
 
 # The published code's constants.
@@ -317,23 +316,29 @@ def recall(
     sparse: VerticalSlash,
     chunk: int | None,
 ) -> Float[Array, "B N"]:
-    """The share of full attention's probability that the pattern keeps, the mean over a row's queries, on one device.
+    """The share of full attention's probability that the pattern keeps, the mean over a row's queries.
 
-    It is `exp(lse_sparse - lse_full)` of each query. Arguments are those of `vertical_slash_attention`; the threshold
-    is not looked at.
+    It is `exp(lse_sparse - lse_full)` of each query. Arguments are those of `vertical_slash_attention`; rows below the
+    threshold are measured as the others.
     """
     if chunk is None or k.shape[2] <= chunk:
-        queries, search, chunk = queries[:1], search[:1], None
-        _, full = blockwise(queries[0], k, v, mask)
+        queries, search = queries[:1], search[:1]
+        full = lambda queries, *rest: partial_xla(queries[0], *rest)
     else:
-        _, full = dual_chunk.in_parts(queries, k, v, mask, chunk=chunk, by_index=False)
+        full = functools.partial(dual_chunk.in_parts, chunk=chunk, by_index=False)
 
-    def of_row(row: Int[Array, ""]) -> Float[Array, " N"]:
-        q, last, keys, values, lse_full = jax.tree.map(lambda x: x[row], (queries, search, k, v, full))
-        span = _span(_row(mask, row))
-        pattern = find(last, keys, span, sparse=sparse, chunk=chunk)
-        _, lse = attend(q, keys, values, pattern, span, chunk=chunk)
-        real = (mask.query_positions[row] < span.end)[:, None]
-        return jnp.exp(lse - lse_full).mean(axis=0, where=real)
+    def on_device(both, k, v, mask):
+        queries, search = both[: len(both) // 2], both[len(both) // 2 :]
+        _, lse_full = full(queries, k, v, mask)
 
-    return jax.lax.map(of_row, jnp.arange(k.shape[0]))
+        def of_row(row: Int[Array, ""]) -> Float[Array, "T N"]:
+            q, last, keys, values, whole = jax.tree.map(lambda x: x[row], (queries, search, k, v, lse_full))
+            span = _span(_row(mask, row))
+            pattern = find(last, keys, span, sparse=sparse, chunk=chunk)
+            return jnp.exp(attend(q, keys, values, pattern, span, chunk=chunk)[1] - whole)
+
+        return jax.lax.map(of_row, jnp.arange(k.shape[0]))
+
+    kept = on_each_device(on_device, (*queries, *search), k, v, mask, rank=3)
+    real = mask.query_positions < _given(mask)[:, None]
+    return kept.mean(axis=1, where=real[..., None])

@@ -1,0 +1,123 @@
+"""Sparse prefill beside full attention: how much of its probability is kept, for which share of its work, in what time.
+
+    python benchmarks/sparse_prefill.py [MODEL --text FILE] [--lengths 8192 16384] [--vertical 1000] [--slash 6096]
+
+Without a model it is a small random one reading random tokens, whose recall says nothing of a trained model's.
+Recall is exp(lse_sparse - lse_full), the mean over queries, with the activations of full attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from side_by_side import median_seconds
+
+from qwen_jax import model, sharding
+from qwen_jax.config import ModelConfig, Rope
+from qwen_jax.model import attention as attention_module
+from qwen_jax.ops.attention import attention
+from qwen_jax.ops.dual_chunk import dual_chunk_attention
+from qwen_jax.ops.vertical_slash import BLOCK, VerticalSlash, recall
+from qwen_jax.weights.load import load_params
+from qwen_jax.weights.source import open_model
+
+RANDOM = ModelConfig(
+    vocab_size=512, width=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=512,
+    max_position=32768, norm_eps=1e-6, qkv_bias=True, qk_norm=False, tie_embeddings=True, rope=Rope(theta=1e6),
+)  # fmt: skip
+
+
+def main() -> None:
+    options = arguments()
+    budgets = dict(vertical=options.vertical, slash=options.slash)
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+        config, params, ids = opened(options)
+        print(f"{config.num_layers} layers, {config.num_heads} heads of {config.head_dim}, {config.dtype}; {budgets}")
+        print("| tokens | recall of a layer: mean (least head) | share of the scores | seconds, sparse | full |")
+        print("|---|---|---|---|---|")
+        for length in options.lengths:
+            if length > len(ids):
+                raise SystemExit(f"{options.text} has {len(ids)} tokens; --lengths {length} needs as many")
+            prompt = jnp.asarray(ids[:length], jnp.int32)[None]
+            sparse = VerticalSlash(threshold=BLOCK, **budgets)
+            heads = recalls(config, params, prompt, sparse)
+            layers = ", ".join(f"{layer.mean():.3f} ({layer.min():.3f})" for layer in heads)
+            seconds = [prefill_seconds(config, params, prompt, kind) for kind in (sparse, None)]
+            print(f"| {length} | {layers} | {share(length, sparse):.2f} | {seconds[0]:.2f} | {seconds[1]:.2f} |")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="a checkpoint or a published folder")
+    parser.add_argument("--text", type=Path, help="what the model reads")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384])
+    parser.add_argument("--vertical", type=int, default=VerticalSlash.vertical)
+    parser.add_argument("--slash", type=int, default=VerticalSlash.slash)
+    options = parser.parse_args()
+    if (options.model is None) != (options.text is None):
+        parser.error("a model needs a --text to read, and a text a model")
+    return options
+
+
+def opened(options: argparse.Namespace) -> tuple[ModelConfig, model.Params, Any]:
+    """The config, the parameters and the ids of the text."""
+    if options.model is None:
+        print("a random model and random tokens")
+        params = jax.jit(lambda key: model.unstack_layers(model.init(RANDOM, key)))(jax.random.key(0))
+        return RANDOM, params, np.random.default_rng(0).integers(0, RANDOM.vocab_size, max(options.lengths))
+    source = open_model(options.model)
+    config = dataclasses.replace(source.config, param_dtype=source.config.dtype)
+    params = load_params(source, dtype=config.dtype, stacked=False)
+    return config, params, source.tokenizer().encode(options.text.read_text("utf-8"))
+
+
+def forward(config: ModelConfig, params: model.Params, tokens: jax.Array, sparse: VerticalSlash | None) -> jax.Array:
+    """The last hidden state of a prompt in an empty cache."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    cache = model.make_cache(config, *tokens.shape, lengths=jnp.array([tokens.shape[1]]), sparse=sparse)
+    return model.forward(config, params, tokens, positions, cache=cache, sparse=sparse)[0][:, -1]
+
+
+def recalls(config: ModelConfig, params: model.Params, tokens: jax.Array, sparse: VerticalSlash) -> np.ndarray:
+    """[layers, heads]. Where the model would compute sparse attention, it is measured, and full attention computed."""
+    found: list[jax.Array] = []
+
+    def measured(queries, search, k, v, mask, *, sparse, chunk, implementation):
+        found.append(recall(queries, search, k, v, mask, sparse=sparse, chunk=chunk)[0])
+        if chunk is None:
+            return attention(queries[0], k, v, mask, implementation=implementation)
+        return dual_chunk_attention(queries, k, v, mask, chunk=chunk, implementation=implementation)
+
+    def run(params, tokens):
+        last = forward(config, params, tokens, sparse)
+        return last, jnp.stack(found)
+
+    computed, attention_module.vertical_slash_attention = attention_module.vertical_slash_attention, measured
+    try:
+        return np.asarray(jax.jit(run)(params, tokens)[1])
+    finally:
+        attention_module.vertical_slash_attention = computed
+
+
+def prefill_seconds(
+    config: ModelConfig, params: model.Params, tokens: jax.Array, sparse: VerticalSlash | None
+) -> float:
+    run = jax.jit(lambda params, tokens: forward(config, params, tokens, sparse))
+    return median_seconds(lambda: run(params, tokens).block_until_ready(), times=3)
+
+
+def share(length: int, sparse: VerticalSlash) -> float:
+    """Scores that are computed for a head, with those of padding and of the search, per pair of causal attention."""
+    blocks = -(-length // BLOCK)
+    kept = min(sparse.vertical, length) + BLOCK * min(sparse.blocks, blocks)
+    return BLOCK * (blocks * kept + length) / (length * (length + 1) / 2)
+
+
+if __name__ == "__main__":
+    main()
