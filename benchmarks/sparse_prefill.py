@@ -3,7 +3,8 @@
     python benchmarks/sparse_prefill.py [MODEL --text FILE] [--lengths 8192 16384] [--vertical 1000] [--slash 6096]
 
 Without a model it is a small random one reading random tokens, whose recall says nothing of a trained model's.
-Recall is exp(lse_sparse - lse_full), the mean over queries, with the activations of full attention.
+Recall is exp(lse_sparse - lse_full), the mean over queries, with the activations of full attention. The loss is that of
+the prompt's own tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qwen_jax.config import ModelConfig, Rope
 from qwen_jax.model import attention as attention_module
 from qwen_jax.ops.attention import attention
 from qwen_jax.ops.dual_chunk import dual_chunk_attention
+from qwen_jax.ops.loss import chunked_cross_entropy
 from qwen_jax.ops.vertical_slash import BLOCK, VerticalSlash, recall
 from qwen_jax.weights.load import load_params
 from qwen_jax.weights.source import open_model
@@ -39,8 +41,8 @@ def main() -> None:
     with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
         config, params, ids = opened(options)
         print(f"{config.num_layers} layers, {config.num_heads} heads of {config.head_dim}, {config.dtype}; {budgets}")
-        print("| tokens | recall of a layer: mean (least head) | share of the scores | seconds, sparse | full |")
-        print("|---|---|---|---|---|")
+        print("| tokens | recall by layer: mean (least head) | scores | loss, full | sparse | seconds, full | sparse |")
+        print("|---|---|---|---|---|---|---|")
         for length in options.lengths:
             if length > len(ids):
                 raise SystemExit(f"{options.text} has {len(ids)} tokens; --lengths {length} needs as many")
@@ -48,8 +50,14 @@ def main() -> None:
             sparse = VerticalSlash(threshold=BLOCK, **budgets)
             heads = recalls(config, params, prompt, sparse)
             layers = ", ".join(f"{layer.mean():.3f} ({layer.min():.3f})" for layer in heads)
-            seconds = [prefill_seconds(config, params, prompt, kind) for kind in (sparse, None)]
-            print(f"| {length} | {layers} | {share(length, sparse):.2f} | {seconds[0]:.2f} | {seconds[1]:.2f} |")
+            (loss, seconds), (loss_sparse, seconds_sparse) = (
+                of_prompt(config, params, prompt, kind) for kind in (None, sparse)
+            )
+            print(
+                f"| {length} | {layers} | {share(length, sparse):.2f} | {loss:.4f} | {loss_sparse:.4f} "
+                f"| {seconds:.2f} | {seconds_sparse:.2f} |",
+                flush=True,
+            )
 
 
 def arguments() -> argparse.Namespace:
@@ -78,10 +86,10 @@ def opened(options: argparse.Namespace) -> tuple[ModelConfig, model.Params, Any]
 
 
 def forward(config: ModelConfig, params: model.Params, tokens: jax.Array, sparse: VerticalSlash | None) -> jax.Array:
-    """The last hidden state of a prompt in an empty cache."""
+    """The hidden states of a prompt in an empty cache."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     cache = model.make_cache(config, *tokens.shape, lengths=jnp.array([tokens.shape[1]]), sparse=sparse)
-    return model.forward(config, params, tokens, positions, cache=cache, sparse=sparse)[0][:, -1]
+    return model.forward(config, params, tokens, positions, cache=cache, sparse=sparse)[0]
 
 
 def recalls(config: ModelConfig, params: model.Params, tokens: jax.Array, sparse: VerticalSlash) -> np.ndarray:
@@ -95,8 +103,8 @@ def recalls(config: ModelConfig, params: model.Params, tokens: jax.Array, sparse
         return dual_chunk_attention(queries, k, v, mask, chunk=chunk, implementation=implementation)
 
     def run(params, tokens):
-        last = forward(config, params, tokens, sparse)
-        return last, jnp.stack(found)
+        hidden = forward(config, params, tokens, sparse)
+        return hidden[:, -1], jnp.stack(found)
 
     computed, attention_module.vertical_slash_attention = attention_module.vertical_slash_attention, measured
     try:
@@ -105,11 +113,15 @@ def recalls(config: ModelConfig, params: model.Params, tokens: jax.Array, sparse
         attention_module.vertical_slash_attention = computed
 
 
-def prefill_seconds(
+def of_prompt(
     config: ModelConfig, params: model.Params, tokens: jax.Array, sparse: VerticalSlash | None
-) -> float:
+) -> tuple[float, float]:
+    """The mean loss of a prompt's tokens after the first, and the seconds until its hidden states are there."""
     run = jax.jit(lambda params, tokens: forward(config, params, tokens, sparse))
-    return median_seconds(lambda: run(params, tokens).block_until_ready(), times=3)
+    seconds = median_seconds(lambda: run(params, tokens).block_until_ready(), times=3)
+    hidden, targets = run(params, tokens)[:, :-1], tokens[:, 1:]
+    total = jax.jit(chunked_cross_entropy)(hidden, model.head(params), targets, jnp.ones(targets.shape))
+    return float(total) / targets.size, seconds
 
 
 def share(length: int, sparse: VerticalSlash) -> float:

@@ -120,7 +120,9 @@ def vertical_slash_attention(
     if (ways := sharding.axis_size("context")) > 1:
         raise ConfigError(f"sparse prefill cannot split rows over a mesh with context={ways}; choose context=1")
     if chunk is None or k.shape[2] <= chunk:
-        queries, search, plain = queries[:1], search[:1], body(implementation, queries[0], mask)
+        queries, search = queries[:1], search[:1]
+    if chunk is None or sparse.threshold <= chunk:
+        plain = body(implementation, queries[0], mask)
         full = lambda queries, *rest: plain(queries[0], *rest)
     else:
         full = dual_chunk.body(implementation, queries, mask, chunk=chunk)
@@ -151,7 +153,16 @@ def _on_device(
             return attend(q, keys, values, pattern, span, chunk=chunk)[0]
 
         def whole() -> Float[Array, "T N H"]:
-            return full(*jax.tree.map(lambda x: x[None], (q, keys, values)), one)[0]
+            # All of its tokens are among the first so many, however long the rows beside it are.
+            queries = tuple(x[None, : sparse.threshold] for x in q)
+            k, v = (x[None, :, : sparse.threshold] for x in (keys, values))
+            some = dataclasses.replace(
+                one,
+                query_positions=one.query_positions[:, : sparse.threshold],
+                key_positions=one.key_positions[:, : sparse.threshold],
+            )
+            out = full(queries, k, v, some)[0]
+            return jnp.pad(out, ((0, q[0].shape[0] - out.shape[0]), (0, 0), (0, 0)))
 
         return jax.lax.cond(_given(one)[0] > sparse.threshold, kept, whole)
 

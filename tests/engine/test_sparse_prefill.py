@@ -10,7 +10,7 @@ from qwen_jax.engine import VerticalSlash, decode
 from tests.engine.test_decode import GREEDY, ROUNDING, make_engine, tokens_of
 
 LEAST = VerticalSlash(threshold=64, vertical=130, slash=100)
-SHORT, LONG = (np.random.default_rng(n).integers(0, 90, n).tolist() for n in (64, 400))
+SHORT, MIDDLE, LONG = (np.random.default_rng(n).integers(0, 90, n).tolist() for n in (64, 200, 400))
 
 
 @pytest.fixture
@@ -36,7 +36,9 @@ def prefilled(monkeypatch):
 
 
 def test_only_rows_above_the_threshold_change_and_none_by_the_rows_beside_it(prefilled):
-    full, sparse = prefilled([SHORT, LONG], None), prefilled([SHORT, LONG], LEAST, count=2)
+    prompts = [SHORT, MIDDLE, LONG]
+    full, sparse = prefilled(prompts, None), prefilled(prompts, LEAST, count=2)
     np.testing.assert_allclose(sparse[0], full[0], **ROUNDING)
-    assert np.abs(sparse[1] - full[1]).max() > 100 * ROUNDING["atol"]
-    np.testing.assert_allclose(sparse[1], prefilled([LONG], LEAST)[0], **ROUNDING)
+    assert (np.abs(sparse - full)[1:3].max(axis=1) > 100 * ROUNDING["atol"]).all()
+    # Alone, in a cache of half the slots.
+    np.testing.assert_allclose(prefilled([MIDDLE], LEAST)[0], sparse[1], **ROUNDING)
