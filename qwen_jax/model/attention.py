@@ -46,16 +46,26 @@ class Attention(nn.Module):
         if cache is not None:
             cache = write(cache, k, v, mask.query_positions)
             k, v = cache.k, cache.v
-        chunk = c.rope.scaling.chunk if isinstance(c.rope.scaling, DualChunk) else None
-        if self.sparse:
-            y = vertical_slash_attention(
-                turned, (turned[0], *search), k, v, mask,
-                sparse=self.sparse, chunk=chunk, implementation=self.implementation,
-            )  # fmt: skip
-        elif chunk:
-            y = dual_chunk_attention(turned, k, v, mask, chunk=chunk, implementation=self.implementation)
-        else:
-            y = attention(turned[0], k, v, mask, implementation=self.implementation)
+        y = self._attend(turned, (turned[0], *search), k, v, mask)
         # As in Qwen1: what is added to the residual stream starts smaller the more layers add to it.
         o_shape, scale = (c.width, c.num_heads, c.head_dim), 0.5 / c.num_layers
         return Linear("btnh,dnh->btd", o_shape, dtype, scale=scale, name="o")(y), cache
+
+    def _attend(
+        self,
+        queries: tuple[Float[Array, "B T N H"], ...],
+        search: tuple[Float[Array, "B T N H"], ...],
+        k: Float[Array, "B K S H"],
+        v: Float[Array, "B K S H"],
+        mask: Mask,
+    ) -> Float[Array, "B T N H"]:
+        """The attention that the config and the options ask for."""
+        scaling, implementation = self.config.rope.scaling, self.implementation
+        chunk = scaling.chunk if isinstance(scaling, DualChunk) else None
+        if self.sparse:
+            return vertical_slash_attention(
+                queries, search, k, v, mask, sparse=self.sparse, chunk=chunk, implementation=implementation
+            )
+        if chunk:
+            return dual_chunk_attention(queries, k, v, mask, chunk=chunk, implementation=implementation)
+        return attention(queries[0], k, v, mask, implementation=implementation)
