@@ -17,11 +17,11 @@ from side_by_side import (
     THREADS,
     Bar,
     compare,
-    median_seconds,
     one_side,
     our_config,
     our_step_seconds,
     require,
+    torch_step_seconds,
 )
 
 ROWS, LENGTH, STEPS = 2, 512, 3
@@ -67,16 +67,7 @@ def theirs(experts_implementation: str) -> dict[str, float]:
         config, attn_implementation="sdpa", experts_implementation=experts_implementation
     ).train()
     assert net.config._experts_implementation == experts_implementation
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-    ids = torch.randint(0, SHAPE["vocab_size"], (ROWS, LENGTH))
-
-    def step() -> None:
-        net(ids, labels=ids, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return {"step": median_seconds(step, times=STEPS)}
+    return {"step": torch_step_seconds(net, rows=ROWS, length=LENGTH, steps=STEPS)}
 
 
 PEERS = ("eager", "grouped_mm")

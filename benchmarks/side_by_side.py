@@ -190,3 +190,21 @@ def our_step_seconds(model, *, rows: int, length: int, steps: int, warm_up: int)
             metrics["loss"].block_until_ready()
 
         return median_seconds(step, times=steps, warm_up=warm_up)
+
+
+def torch_step_seconds(net, *, rows: int, length: int, steps: int, autocast: bool = False) -> float:
+    """The median duration of the peer's step on CPU: fused AdamW, clipping, bfloat16 products under `autocast`."""
+    import torch
+
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(0, net.config.vocab_size, (rows, length))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = net(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return median_seconds(step, times=steps)

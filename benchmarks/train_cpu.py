@@ -12,15 +12,14 @@ from __future__ import annotations
 import functools
 
 from side_by_side import (
-    SHAPE,
     Bar,
     compare,
-    median_seconds,
     one_side,
     our_config,
     our_step_seconds,
     require,
     torch_model,
+    torch_step_seconds,
 )
 
 ROWS, LENGTH, STEPS = 2, 512, 4
@@ -32,21 +31,8 @@ def ours(dtype: str) -> dict[str, float]:
 
 
 def theirs(dtype: str, autocast: bool) -> dict[str, float]:
-    import torch
-
     net = torch_model(dtype).train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-    ids = torch.randint(0, SHAPE["vocab_size"], (ROWS, LENGTH))
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = net(ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return {"step": median_seconds(step, times=STEPS)}
+    return {"step": torch_step_seconds(net, rows=ROWS, length=LENGTH, steps=STEPS, autocast=autocast)}
 
 
 SIDES = {

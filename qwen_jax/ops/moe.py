@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from qwen_jax import sharding
+from qwen_jax.ops.mlp import Matrices, cast, dot, splits_of, whole
 
 # Rows of a block: a multiple of the first, which fills registers, and no more than the second, from which on a block
 # does not become faster.
@@ -29,8 +29,6 @@ _LETTERS = ("efd", "efd", "edf")
 
 # Whatever splits tokens and not experts.
 _OTHERS = tuple(axis for axis in sharding.TOKENS if axis != "expert")
-
-Matrices = tuple[Array, Array, Array]
 
 
 def dense(
@@ -67,10 +65,7 @@ def apply_experts(
     The devices along `expert` have each some of the experts: each is given the tokens of all of them, and returns to
     each its share of the sum.
     """
-    matrices = tuple(
-        jax.sharding.reshard(w.astype(x.dtype), sharding.weight(letters, w.shape))
-        for letters, w in zip(_LETTERS, (gate, up, down), strict=True)
-    )
+    matrices = cast(_LETTERS, (gate, up, down), x.dtype)
     rows = sharding.activation("btd", x.shape)
     x, weights, experts = (jax.sharding.reshard(each, rows) for each in (x, weights, experts))
     return _apply(x, weights, experts, matrices)
@@ -84,10 +79,10 @@ def _apply(x, weights, experts, matrices):
 def _forward(x, weights, experts, matrices):
     def local(x, weights, experts, matrices):
         tokens = _Tokens.of_group(x, weights, experts)
-        y = _blocks_forward(tokens, _whole(matrices, splits), _Order.of(tokens, matrices[0].shape[0]))
+        y = _blocks_forward(tokens, whole(matrices, splits), _Order.of(tokens, matrices[0].shape[0]))
         return _returned(y, like=x)
 
-    rows, splits = sharding.activation("btd", x.shape), _splits(matrices)
+    rows, splits = sharding.activation("btd", x.shape), splits_of(_LETTERS, matrices)
     # Replication is checked by the tests on meshes: the checker cannot follow the loop's carry.
     mapped = jax.shard_map(local, in_specs=(rows, rows, rows, splits), out_specs=rows, check_vma=False)
     return mapped(x, weights, experts, matrices), (x, weights, experts, matrices)
@@ -98,7 +93,7 @@ def _backward(saved, dy):
         tokens = _Tokens.of_group(x, weights, experts)
         dy = _gathered(dy.astype(x.dtype))
         order = _Order.of(tokens, matrices[0].shape[0])
-        dx, dweights, gradients = _blocks_backward(tokens, dy, _whole(matrices, splits), order)
+        dx, dweights, gradients = _blocks_backward(tokens, dy, whole(matrices, splits), order)
         gradients = tuple(
             sharding.reduce_scatter(d, axis=sharding.fsdp_dimension(split), over=_OTHERS)
             for d, split in zip(gradients, splits, strict=True)
@@ -106,7 +101,7 @@ def _backward(saved, dy):
         return _returned(dx, like=x), _returned(dweights, like=weights), gradients
 
     x, weights, experts, matrices = saved
-    rows, splits = sharding.activation("btd", x.shape), _splits(matrices)
+    rows, splits = sharding.activation("btd", x.shape), splits_of(_LETTERS, matrices)
     specs = (rows, rows, rows, splits, rows)
     mapped = jax.shard_map(local, in_specs=specs, out_specs=(rows, rows, splits), check_vma=False)
     dx, dweights, gradients = mapped(x, weights, experts, matrices, jax.sharding.reshard(dy, rows))
@@ -114,18 +109,6 @@ def _backward(saved, dy):
 
 
 _apply.defvjp(_forward, _backward)
-
-
-def _splits(matrices: Matrices) -> tuple[P, ...]:
-    return tuple(sharding.weight(letters, w.shape) for letters, w in zip(_LETTERS, matrices, strict=True))
-
-
-def _whole(matrices: Matrices, splits: tuple[P, ...]) -> Matrices:
-    """Inside shard_map: this device's experts, whole along fsdp."""
-    gate, up, down = (
-        sharding.all_gather(w, axis=sharding.fsdp_dimension(split)) for w, split in zip(matrices, splits, strict=True)
-    )
-    return gate, up, down
 
 
 def _gathered(x: Array) -> Array:
@@ -213,10 +196,6 @@ class _Block(NamedTuple):
         return sums.at[self.tokens].add(rows, mode="drop", indices_are_sorted=True, unique_indices=True)
 
 
-def _dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
-    return jax.lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), preferred_element_type=jnp.float32)
-
-
 def _weighted(gate: Array, up: Array, weights: Array) -> Array:
     # Multiplied before `down`, which adds nothing to the gradient's work: the sum is the same.
     return jax.nn.silu(gate) * up * weights
@@ -232,8 +211,8 @@ def _blocks_forward(tokens: _Tokens, matrices: Matrices, order: _Order) -> Array
         block = order.block(expert, i - (ends - order.blocks)[expert], tokens)
         x, weights = block.rows_of(tokens.x), block.weights_of(tokens.weights)
         gate, up, down = (w[expert] for w in matrices)
-        hidden = _weighted(_dot(x, gate, 1, 1), _dot(x, up, 1, 1), weights).astype(x.dtype)
-        return block.add(y, _dot(hidden, down, 1, 1))
+        hidden = _weighted(dot(x, gate, 1, 1), dot(x, up, 1, 1), weights).astype(x.dtype)
+        return block.add(y, dot(hidden, down, 1, 1))
 
     return jax.lax.fori_loop(0, ends[-1], add_block, jnp.zeros(tokens.x.shape, jnp.float32))
 
@@ -248,18 +227,18 @@ def _blocks_backward(tokens: _Tokens, dy: Array, matrices: Matrices, order: _Ord
             dx, dweights, dgate, dup, ddown = sums
             block = order.block(index, i, tokens)
             x, dy_rows = block.rows_of(tokens.x), block.rows_of(dy)
-            pre = _dot(x, gate, 1, 1), _dot(x, up, 1, 1)
+            pre = dot(x, gate, 1, 1), dot(x, up, 1, 1)
             hidden, pull = jax.vjp(_weighted, *pre, block.weights_of(tokens.weights))
-            by_gate, by_up, by_weights = pull(_dot(dy_rows, down, 1, 0))
+            by_gate, by_up, by_weights = pull(dot(dy_rows, down, 1, 0))
             by_gate, by_up, hidden = (each.astype(x.dtype) for each in (by_gate, by_up, hidden))
-            dx = block.add(dx, _dot(by_gate, gate, 1, 0) + _dot(by_up, up, 1, 0))
+            dx = block.add(dx, dot(by_gate, gate, 1, 0) + dot(by_up, up, 1, 0))
             dweights = dweights.at[block.choices].set(by_weights[:, 0], mode="drop", unique_indices=True)
             return (
                 dx,
                 dweights,
-                dgate + _dot(by_gate, x, 0, 0),
-                dup + _dot(by_up, x, 0, 0),
-                ddown + _dot(dy_rows, hidden, 0, 0),
+                dgate + dot(by_gate, x, 0, 0),
+                dup + dot(by_up, x, 0, 0),
+                ddown + dot(dy_rows, hidden, 0, 0),
             )
 
         zeros = (jnp.zeros(w.shape, jnp.float32) for w in (gate, up, down))
