@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from infer.config import Chat
+from infer.config import DEFAULT_LENGTH, Chat
 from infer.model import open_for
 from infer.terminal import FAINT, PLAIN, has_colour, safe, warn
-from qwen_jax.engine import Completion, generate
+from qwen_jax.engine import Capacity, Completion, Request, generate
 from qwen_jax.errors import ConfigError, DataError, FileError, ModelError
 from qwen_jax.text.chat import Format, encode, text_of, window
 from qwen_jax.weights.usage import turn_ends
@@ -117,18 +117,18 @@ class Conversation:
         self._options = options
         self._num_answers = 0
         self._num_left_out = 0  # of the oldest messages after the system message: the model does not see them
-        max_position, asked = self.opened.model.config.max_position, options.max_new_tokens
-        if asked and asked >= max_position:
-            raise ConfigError(f"--max-new-tokens {asked}: the model has {max_position} positions, for the chat as well")
+        self._length, asked = _length(options, self.opened.model.config.max_position), options.max_new_tokens
+        if asked and asked >= self._length:
+            raise ConfigError(f"--max-new-tokens {asked}: there are {self._length} positions, for the chat as well")
         self._limit = asked or self.opened.usage.max_new_tokens
         # An answer has room even where the chat is long: what was asked for, else up to a quarter of all there is.
-        self._room = max_position - (asked or min(self._limit or max_position, max_position // 4))
+        self._room = self._length - (asked or min(self._limit or self._length, self._length // 4))
         if options.load is not None:
             self.load(options.load)
         if options.system is not None:
             self.set_system(options.system)
         self._stop_ids = self.opened.usage.stop_ids | turn_ends(self.opened.tokenizer)
-        self._engine = self.opened.load()
+        self._engine = self.opened.load(Capacity(max_rows=1, max_length=self._length))
         self.opened.report()
 
     def ask(self, text: str) -> None:
@@ -178,15 +178,19 @@ class Conversation:
     def _answer(self, messages: list[Message]) -> None:
         """Streams an answer to `messages`, which with it become the chat."""
         ids, in_thought = self._prompt(messages)
-        limit = min(self._limit or sys.maxsize, self.opened.model.config.max_position - len(ids))
+        limit = min(self._limit or sys.maxsize, self._length - len(ids))
         completion = Completion(self.opened.tokenizer, self._stop_ids, ())
         screen = _Screen(thinks=self.form.thinks, in_thought=in_thought)
+        request = Request(
+            prompt=ids,
+            max_new_tokens=limit,
+            sampling=self.opened.sampling,
+            seed=self._options.seed,
+            row=self._num_answers,
+            stop_ids=self._stop_ids,
+        )
         try:
-            generate(
-                self._engine, [ids], [completion], self.opened.sampling,
-                seed=self._options.seed, rows=[self._num_answers], max_new_tokens=limit,
-                show=lambda index, piece: screen.show(piece),
-            )  # fmt: skip
+            generate(self._engine, [request], [completion], show=lambda index, piece: screen.show(piece))
         except KeyboardInterrupt:
             screen.show(completion.end("interrupted"))
         finally:
@@ -224,6 +228,13 @@ class Conversation:
         if size is None or not isinstance(self.form, Format):
             return messages
         return window(self.opened.tokenizer, self.form, messages, max_window_size=size)
+
+
+def _length(options: Chat, max_position: int) -> int:
+    """Tokens that a chat has room for."""
+    if options.max_length and options.max_length > max_position:
+        raise ConfigError(f"--max-length {options.max_length}: the model has {max_position} positions")
+    return options.max_length or min(max_position, DEFAULT_LENGTH)
 
 
 def _num_system(messages: list[Message]) -> int:

@@ -71,13 +71,19 @@ class Chat(Options):
     """What `python -m infer chat` was asked for.
 
     Attributes:
+      max_length: tokens that a chat and its answers have room for; None for what the model has positions for, up to
+        DEFAULT_LENGTH.
       system: text of the system message; None for the format's own default.
       load: a saved chat to go on with.
     """
 
+    max_length: int | None
     system: str | None
     load: Path | None
 
+
+# Tokens that there is room for unless more is asked for: pages for all positions of some models are more than a device has.
+DEFAULT_LENGTH = 32768
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 unexpected, 2 usage, 3 prompts or model, 4 file or permission, 5 numerical failure, "
@@ -109,6 +115,12 @@ def parse(arguments: Sequence[str] | None = None) -> Generate | Chat:
     )
     chat.set_defaults(command=Chat)
     _add_model(chat)
+    chat.add_argument(
+        "--max-length",
+        metavar="N",
+        type=_integer(2),
+        help=f"tokens to have room for, chat and answers (default: what the model can, at most {DEFAULT_LENGTH})",
+    )
     _add_start(chat)
     _add_sampling(chat)
     options = vars(parser.parse_args(arguments))

@@ -15,7 +15,7 @@ from infer.config import Generate
 from infer.model import Opened, open_for
 from infer.prompts import Prompt, encode_chat, encode_text, read_prompts
 from infer.terminal import faint, safe, warn
-from qwen_jax.engine import Completion, StopStrings, generate
+from qwen_jax.engine import Capacity, Completion, Request, StopStrings, generate
 from qwen_jax.errors import INTERRUPTED, ConfigError, DataError, FileError
 from qwen_jax.weights.usage import turn_ends
 
@@ -23,7 +23,7 @@ DEFAULT_NEW_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class Wanted:
     """One completion to make: the `sample`-th of prompt number `index`. `row` numbers all completions of the input."""
 
     row: int
@@ -34,8 +34,8 @@ class Request:
     stop_ids: frozenset[int]
 
 
-Show = Callable[[int, str], None]  # takes the number of a completion within its batch, and the next piece of it
-Write = Callable[[Sequence[Request], Sequence[Completion]], None]  # takes a batch when it is done
+Show = Callable[[int, str], None]  # takes the number of a completion, and the next piece of it
+Write = Callable[[Wanted, Completion], None]  # takes a completion that has ended, in the order of the input
 
 
 def run(options: Generate) -> int:
@@ -43,35 +43,70 @@ def run(options: Generate) -> int:
     StopStrings(options.stop)  # what cannot be one is refused before the weights are read
     prompts, jsonl = read_prompts(options)
     opened = open_for(options)
-    requests = _requests(prompts, opened, options)
-    limit = _limit(requests, opened, options.max_new_tokens)
-    engine = opened.load()
+    wanted = _wanted(prompts, opened, options)
+    limit = _limit(wanted, opened, options.max_new_tokens)
+    longest = max(len(one.ids) for one in wanted) + limit
+    engine = opened.load(Capacity(max_rows=min(options.batch_size, len(wanted)), max_length=longest))
     opened.report()
-    clock, made, code = _Clock(), [], 0
-    with _sink(options, requests, jsonl) as (show, write):
-        while len(made) < len(requests) and code == 0:
-            batch = requests[len(made) : len(made) + options.batch_size]
-            completions = [Completion(opened.tokenizer, request.stop_ids, options.stop) for request in batch]
-            ids, rows = [request.ids for request in batch], [request.row for request in batch]
-            try:
-                if options.output is not None or not sys.stdout.isatty():
-                    clock.tick(len(made), len(requests))
-                generate(
-                    engine, ids, completions, opened.sampling,
-                    seed=options.seed, rows=rows, max_new_tokens=limit, show=clock.watch(show),
-                )  # fmt: skip
-            except KeyboardInterrupt:
-                code = INTERRUPTED
-                for number, completion in enumerate(completions):
-                    show(number, completion.end("interrupted"))
-            write(batch, completions)
-            made += completions
-    clock.report(made)
+    clock, code = _Clock(), 0
+    completions = [Completion(opened.tokenizer, one.stop_ids, options.stop) for one in wanted]
+    requests = [
+        Request(
+            prompt=one.ids,
+            max_new_tokens=limit,
+            sampling=opened.sampling,
+            seed=options.seed,
+            row=one.row,
+            stop_ids=one.stop_ids,
+        )
+        for one in wanted
+    ]
+    with _sink(options, wanted, jsonl) as (show, write):
+        in_order = _InOrder(lambda row: write(wanted[row], completions[row]))
+
+        def done(row: int) -> None:
+            in_order.done(row)
+            if options.output is not None or not sys.stdout.isatty():
+                clock.tick(in_order.count, len(wanted))
+
+        try:
+            generate(engine, requests, completions, show=clock.watch(show), done=done)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+            for row, completion in enumerate(completions):
+                if completion.num_tokens and completion.finish_reason is None:
+                    show(row, completion.end("interrupted"))
+                    in_order.done(row)
+            in_order.rest()
+    clock.report([completion for completion in completions if completion.finish_reason])
     return code
 
 
-def _requests(prompts: Sequence[Prompt], opened: Opened, options: Generate) -> list[Request]:
-    """`n` requests per prompt."""
+class _InOrder:
+    """Hands on completions in the order of the input, whenever those before them are done."""
+
+    def __init__(self, write: Callable[[int], None]) -> None:
+        self.count = 0
+        self._write = write
+        self._held: set[int] = set()
+        self._next = 0
+
+    def done(self, row: int) -> None:
+        self.count += 1
+        self._held.add(row)
+        while self._next in self._held:
+            self._held.remove(self._next)
+            self._write(self._next)
+            self._next += 1
+
+    def rest(self) -> None:
+        """Those too that come after others which will never be done."""
+        for row in sorted(self._held):
+            self._write(row)
+
+
+def _wanted(prompts: Sequence[Prompt], opened: Opened, options: Generate) -> list[Wanted]:
+    """`n` completions per prompt."""
     tokenizer, stop_ids = opened.tokenizer, opened.usage.stop_ids
     encoders = {False: functools.partial(encode_text, tokenizer=tokenizer, control_tokens=options.control_tokens)}
     if any(prompt.is_chat for prompt in prompts):
@@ -84,7 +119,7 @@ def _requests(prompts: Sequence[Prompt], opened: Opened, options: Generate) -> l
     ids = [encoders[prompt.is_chat](prompt) for prompt in prompts]
     ends = [stop_ids | turn_ends(tokenizer) if prompt.is_chat else stop_ids for prompt in prompts]
     return [
-        Request(index * options.n + sample, index, sample, prompts[index], ids[index], ends[index])
+        Wanted(index * options.n + sample, index, sample, prompts[index], ids[index], ends[index])
         for index in range(len(prompts))
         for sample in range(options.n)
     ]
@@ -99,10 +134,10 @@ def _warn_of_control_tokens(prompts: Sequence[Prompt], opened: Opened) -> None:
                 return
 
 
-def _limit(requests: Sequence[Request], opened: Opened, asked: int | None) -> int:
+def _limit(wanted: Sequence[Wanted], opened: Opened, asked: int | None) -> int:
     """Tokens a completion may have. DataError if a prompt leaves no room for that many."""
     max_position = opened.model.config.max_position
-    longest = max(requests, key=lambda request: len(request.ids))
+    longest = max(wanted, key=lambda one: len(one.ids))
     room = max_position - len(longest.ids)
     if room < (asked or 1):
         way_out = (
@@ -116,7 +151,7 @@ def _limit(requests: Sequence[Request], opened: Opened, asked: int | None) -> in
 
 
 @contextmanager
-def _sink(options: Generate, requests: Sequence[Request], jsonl: bool) -> Iterator[tuple[Show, Write]]:
+def _sink(options: Generate, wanted: Sequence[Wanted], jsonl: bool) -> Iterator[tuple[Show, Write]]:
     """Where completions go, while they are made and when they are done."""
     quiet = lambda number, piece: None
     if options.output is not None:
@@ -128,38 +163,35 @@ def _sink(options: Generate, requests: Sequence[Request], jsonl: bool) -> Iterat
     elif jsonl:
         sys.stdout.reconfigure(encoding="utf-8")  # JSON is UTF-8, whatever the terminal is
         yield quiet, functools.partial(_write_json, sys.stdout, options.seed)
-    elif len(requests) == 1:
+    elif len(wanted) == 1:
         sys.stdout.reconfigure(errors="replace")
         if sys.stdout.isatty():
-            print(faint(safe(requests[0].prompt.row["prompt"])), end="", flush=True)
-        yield lambda number, piece: print(safe(piece), end="", flush=True), lambda batch, completions: print(flush=True)
+            print(faint(safe(wanted[0].prompt.row["prompt"])), end="", flush=True)
+        yield lambda number, piece: print(safe(piece), end="", flush=True), lambda one, completion: print(flush=True)
     else:
         sys.stdout.reconfigure(errors="replace")
         yield quiet, functools.partial(_write_sections, options.n)
 
 
-def _write_json(file: TextIO, seed: int, batch: Sequence[Request], completions: Sequence[Completion]) -> None:
-    for request, completion in zip(batch, completions, strict=True):
-        row = {
-            "index": request.index,
-            "sample": request.sample,
-            **request.prompt.row,
-            "completion": completion.text,
-            "finish_reason": completion.finish_reason,
-            "prompt_tokens": len(request.ids),
-            "completion_tokens": completion.num_tokens,
-            "seed": seed,
-        }
-        print(json.dumps(row, ensure_ascii=False), file=file)
-    file.flush()
+def _write_json(file: TextIO, seed: int, wanted: Wanted, completion: Completion) -> None:
+    row = {
+        "index": wanted.index,
+        "sample": wanted.sample,
+        **wanted.prompt.row,
+        "completion": completion.text,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": len(wanted.ids),
+        "completion_tokens": completion.num_tokens,
+        "seed": seed,
+    }
+    print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
 
 
-def _write_sections(n: int, batch: Sequence[Request], completions: Sequence[Completion]) -> None:
-    for request, completion in zip(batch, completions, strict=True):
-        number = f"{request.index + 1}.{request.sample + 1}" if n > 1 else f"{request.index + 1}"
-        begin = " ".join(request.prompt.row["prompt"][:200].split())
-        print(faint(safe(f"== {number}: {begin[:60]}{'…' if len(begin) > 60 else ''}")))
-        print(f"{safe(completion.text)}\n", flush=True)
+def _write_sections(n: int, wanted: Wanted, completion: Completion) -> None:
+    number = f"{wanted.index + 1}.{wanted.sample + 1}" if n > 1 else f"{wanted.index + 1}"
+    begin = " ".join(wanted.prompt.row["prompt"][:200].split())
+    print(faint(safe(f"== {number}: {begin[:60]}{'…' if len(begin) > 60 else ''}")))
+    print(f"{safe(completion.text)}\n", flush=True)
 
 
 class _Clock:

@@ -9,7 +9,7 @@ import jax
 
 from infer.config import Options
 from infer.terminal import warn
-from qwen_jax.engine import Engine, Sampling, VerticalSlash, load
+from qwen_jax.engine import Capacity, Engine, Sampling, VerticalSlash, load
 from qwen_jax.errors import ConfigError
 from qwen_jax.sharding import make_mesh
 from qwen_jax.text import Tokenizer
@@ -48,12 +48,12 @@ class Opened:
             raise ConfigError(f"--no-thinking: chat format {form.name} has no thoughts; leave it out")
         return form
 
-    def load(self) -> Engine:
+    def load(self, capacity: Capacity) -> Engine:
         """The engine, on the first device."""
         mesh = make_mesh(devices=jax.devices()[:1])
         asked = self.options.sparse_prefill
         sparse = None if asked is None else VerticalSlash(threshold=asked)
-        return load(self.model, self.tokenizer, mesh=mesh, dtype=self.options.dtype, sparse=sparse)
+        return load(self.model, self.tokenizer, mesh=mesh, dtype=self.options.dtype, capacity=capacity, sparse=sparse)
 
     def report(self) -> None:
         """One line on stderr, if any default is the model's."""

@@ -1,6 +1,10 @@
 """Decoding: prompts to tokens, and tokens to text.
 
-decode      prefill and step, compiled; token ids only
+engine      requests in, tokens out, many rows at a time
+request     what is asked for, and what comes of it
+scheduler   which rows a step computes
+pages       which pages of the cache are whose
+steps       what is compiled
 completion  text as it is made, up to a token or a string that ends it
 stop        stop strings in text that arrives in pieces
 checkpoint  an engine from a model on disk
@@ -8,7 +12,8 @@ checkpoint  an engine from a model on disk
 
 from qwen_jax.engine.checkpoint import load
 from qwen_jax.engine.completion import Completion, generate
-from qwen_jax.engine.decode import Engine
+from qwen_jax.engine.engine import Capacity, Engine, Stats
+from qwen_jax.engine.request import Constraint, FinishReason, Request, Token
 from qwen_jax.engine.stop import StopStrings
 from qwen_jax.ops.sampling import Sampling
 from qwen_jax.ops.vertical_slash import VerticalSlash
@@ -16,10 +21,17 @@ from qwen_jax.ops.vertical_slash import VerticalSlash
 __all__ = [
     # The model, ready to decode
     "Engine",
+    "Capacity",
+    "Stats",
     "load",
     "VerticalSlash",
-    # How tokens are chosen, and what comes of them
+    # What is asked of it, and what comes of that
+    "Request",
     "Sampling",
+    "Constraint",
+    "Token",
+    "FinishReason",
+    # Text
     "Completion",
     "StopStrings",
     "generate",

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from qwen_jax.config import DType
-from qwen_jax.engine.decode import Engine
+from qwen_jax.engine.engine import Capacity, Engine
 from qwen_jax.errors import ModelError
 from qwen_jax.ops.vertical_slash import VerticalSlash
 from qwen_jax.text import Tokenizer
@@ -22,6 +22,7 @@ def load(
     *,
     mesh: Mesh,
     dtype: DType | None = None,
+    capacity: Capacity = Capacity(),
     sparse: VerticalSlash | None = None,
 ) -> Engine:
     """The engine of a model.
@@ -31,6 +32,7 @@ def load(
       tokenizer: the model's own, `model.tokenizer()`, which prompts are encoded with.
       mesh: the devices to run on.
       dtype: type of parameters and computation; None for the one the model was trained to compute in.
+      capacity: how much the engine does at a time.
       sparse: how long prompts are taken in; None for full attention.
 
     Raises FileError or ModelError.
@@ -46,4 +48,4 @@ def load(
         # Once, here: a step that cast its weights or cut them from a stack would spend most of its time on that.
         params = load_params(model, dtype=dtype, stacked=False)
     config = dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype)
-    return Engine(config, params, num_tokens=tokenizer.num_tokens, mesh=mesh, sparse=sparse)
+    return Engine(config, params, num_tokens=tokenizer.num_tokens, mesh=mesh, capacity=capacity, sparse=sparse)

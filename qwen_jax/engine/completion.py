@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
-from qwen_jax.engine.decode import Engine
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.request import Request
 from qwen_jax.engine.stop import StopStrings
-from qwen_jax.ops.sampling import Sampling
+from qwen_jax.errors import NumericalError
 from qwen_jax.text import Tokenizer
 
 FinishReason = Literal["stop", "length", "interrupted"]
@@ -57,30 +58,45 @@ class Completion:
 
 def generate(
     engine: Engine,
-    prompts: Sequence[Sequence[int]],
+    requests: Sequence[Request],
     completions: Sequence[Completion],
-    sampling: Sampling,
     *,
-    seed: int,
-    rows: Sequence[int],
-    max_new_tokens: int,
-    show: Callable[[int, str], None] = lambda row, piece: None,
+    show: Callable[[int, str], None] = lambda index, piece: None,
+    done: Callable[[int], None] = lambda index: None,
 ) -> None:
-    """Fills `completions`, one for each of `prompts`, in one batch; interrupted, they hold what was made.
+    """Fills `completions`, one for each of `requests`; interrupted, they hold what was made.
 
     Args:
       engine: the model.
-      prompts: token ids, at least one each.
+      requests: what is asked for. A completion ends where the first of the two says so.
       completions: fresh ones.
-      sampling, seed, rows, max_new_tokens: as for `Engine.decode`.
-      show: takes the index of a prompt and the next piece of its completion; called for each token, though some
-        make no text certain.
+      show: takes the index of a request and the next piece of its completion; called for each token, though some make
+        no text certain.
+      done: takes the index of a request whose completion has ended, after all of it was shown.
+
+    Raises NumericalError when the model's logits are not finite.
     """
-    for tokens in engine.decode(prompts, sampling, seed=seed, rows=rows, max_new_tokens=max_new_tokens):
-        for index, (completion, token) in enumerate(zip(completions, tokens.tolist(), strict=True)):
-            if completion.finish_reason is None:
-                show(index, completion.push(token))
-        if all(completion.finish_reason for completion in completions):
-            return
-    for index, completion in enumerate(completions):
-        show(index, completion.end("length"))
+    indices: dict[int, int] = {}
+    try:
+        for index, request in enumerate(requests):
+            indices[engine.add(request)] = index
+        while indices:
+            for token in engine.step():
+                if token.request not in indices:
+                    continue  # of a completion that ended at a stop string
+                index = indices[token.request]
+                completion = completions[index]
+                if token.finish_reason == "error":
+                    raise NumericalError(
+                        "the model's logits are not finite (NaN or inf); the weights or the dtype cannot be used"
+                    )
+                show(index, completion.push(token.id))
+                if token.finish_reason == "length":
+                    show(index, completion.end("length"))
+                if completion.finish_reason:
+                    engine.cancel(token.request)
+                    del indices[token.request]
+                    done(index)
+    finally:
+        for number in indices:
+            engine.cancel(number)

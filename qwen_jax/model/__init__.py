@@ -4,7 +4,7 @@ B batch, T query, S key, D width, N heads, K kv heads, G = N / K, H head dim, F 
 C labels of a score or of a router.
 """
 
-from qwen_jax.model.cache import Cache, LayerCache, make_cache
+from qwen_jax.model.cache import Batch, Cache, LayerCache, make_cache
 from qwen_jax.model.heads import scores
 from qwen_jax.model.layout import stack_layers, unstack_layers
 from qwen_jax.model.transformer import (
@@ -13,6 +13,7 @@ from qwen_jax.model.transformer import (
     Remat,
     abstract,
     forward,
+    forward_cached,
     forward_with_load,
     head,
     hidden_states,
@@ -31,12 +32,14 @@ __all__ = [
     "Qwen",
     "Remat",
     "forward",
+    "forward_cached",
     "forward_with_load",
     "hidden_states",
     "head",
     "logits",
     "scores",
     # What decoding remembers
+    "Batch",
     "Cache",
     "LayerCache",
     "make_cache",

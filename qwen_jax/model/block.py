@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.model.attention import Attention
-from qwen_jax.model.cache import LayerCache
+from qwen_jax.model.cache import Batch, LayerCache
 from qwen_jax.model.layers import RMSNorm
 from qwen_jax.model.mlp import MLP
 from qwen_jax.model.moe import MoE
@@ -38,7 +38,7 @@ class Block(nn.Module):
         window: Int[Array, ""] | None,
         cache: LayerCache | None,
         rotation: Rotation,
-        mask: Mask,
+        mask: Mask | Batch,
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, Load | None]]:
         eps, dtype = self.config.norm_eps, jnp.dtype(self.config.param_dtype)
         mask = dataclasses.replace(mask, window=window)

@@ -1,4 +1,4 @@
-"""The keys and values of the tokens seen so far."""
+"""The keys and values of the tokens seen so far, in pages (`ops.paged_attention`)."""
 
 from __future__ import annotations
 
@@ -6,87 +6,75 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from qwen_jax import sharding
 from qwen_jax.config import ModelConfig
-from qwen_jax.ops.vertical_slash import VerticalSlash
+from qwen_jax.ops.paged_attention import Rows, kv_heads
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Keys (rotated) and values of one layer, both [B, K, S, H]: slot s holds the token at position s."""
+    """The pages of one layer: keys (rotated) and values; int32 words with `scales` where they are int8."""
 
-    k: Float[Array, "B K S H"]
-    v: Float[Array, "B K S H"]
+    pages: Num[Array, "P K X H2"]
+    scales: Float[Array, "P K 2 S"] | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """One LayerCache per layer, all of the same number of slots.
+    """One LayerCache per layer, all of the same pages.
 
-    A slot past a row's last token may hold anything: a query sees no position later than its own, and each
-    position is written before a query at or after it reads.
-
-    Attributes:
-      layers: the keys and values.
-      lengths: tokens of each row's prompt, where rotations or sparse prefill depend on them; None elsewhere.
+    A slot that holds no token of a row may hold anything: a query sees no position later than its own.
     """
 
     layers: tuple[LayerCache, ...]
-    lengths: Int[Array, " B"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Whose the tokens of a decoding batch are.
+
+    Attributes:
+      rows: groups of rows; their tokens, [T] in all, stand in the batch one group after another.
+      prompts: [T], tokens of the prompt of each token's row, where rotations go by them; None elsewhere.
+      window: int32 scalar, how many of the latest keys are visible, its own included; None for all.
+    """
+
+    rows: tuple[Rows, ...]
+    prompts: Int[Array, " T"] | None = None
+    window: Int[Array, ""] | None = None
 
     @property
-    def length(self) -> int:
-        """Slots per row."""
-        return self.layers[0].k.shape[2]
+    def positions(self) -> Int[Array, " T"]:
+        """Where each token stands in its row; -1 for one that is not real."""
+        return jnp.concatenate([rows.positions for rows in self.rows])
 
-    def grow(self, length: int) -> Cache:
-        """The same content with `length` slots per row."""
-        more = length - self.length
-        layers = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), self.layers)
-        return dataclasses.replace(self, layers=layers)
+    @property
+    def query_segments(self) -> Int[Array, "T 1"]:
+        """1 for a token that is real, else 0, as in a `Mask`."""
+        return (self.positions >= 0).astype(jnp.int32)[:, None]
 
 
-def make_cache(
-    config: ModelConfig,
-    batch: int,
-    length: int,
-    *,
-    lengths: Int[Array, " B"] | None = None,
-    sparse: VerticalSlash | None = None,
-) -> Cache:
-    """An empty cache for `batch` rows of up to `length` tokens, in the config's dtype.
+def make_cache(config: ModelConfig, num_pages: int, page_size: int, *, int8: bool = False) -> Cache:
+    """Empty pages of `page_size` tokens, in the config's dtype or in int8, split over the current mesh.
 
-    `lengths` are the tokens of each row's prompt, without padding: wanted, and kept, where `config.rope` or sparse
-    prefill goes by them.
+    A page of int8 has a multiple of 128 tokens.
     """
-    if not (config.rope.by_length or sparse):
-        lengths = None
-    elif lengths is None:
-        raise ValueError(
-            "rotations or sparse prefill go by the lengths of the prompts: give make_cache their `lengths`"
-        )
-    shape = (batch, config.num_kv_heads, length, config.head_dim)
-    split = sharding.activation("bksh", shape)
-    layer = lambda: jnp.zeros(shape, config.dtype, out_sharding=split)
-    return Cache(tuple(LayerCache(layer(), layer()) for _ in range(config.num_layers)), lengths)
+    heads = kv_heads(config.num_kv_heads)
+    if int8 and page_size % 128:
+        raise ValueError(f"pages of int8 have a multiple of 128 tokens, not {page_size}")
 
+    def zeros(*shape: int, dtype: str) -> Array:
+        return jnp.zeros(shape, dtype, out_sharding=sharding.activation("_k__", shape))
 
-def write(
-    cache: LayerCache, k: Float[Array, "B K T H"], v: Float[Array, "B K T H"], positions: Int[Array, "B T"]
-) -> LayerCache:
-    """The cache with row b's keys and values at slots positions[b, 0] onwards."""
-    split = sharding.activation("bksh", cache.k.shape)
-    rows = P(split[0])
+    def layer() -> LayerCache:
+        if not int8:
+            return LayerCache(zeros(num_pages, heads, page_size, 2 * config.head_dim, dtype=config.dtype))
+        words = zeros(num_pages, heads, page_size // 4, 2 * config.head_dim, dtype="int32")
+        return LayerCache(words, zeros(num_pages, heads, 2, page_size, dtype="float32"))
 
-    def local(slots, new, start):
-        return jax.vmap(lambda s, n, i: jax.lax.dynamic_update_slice_in_dim(s, n, i, axis=1))(slots, new, start)
-
-    place = jax.shard_map(local, in_specs=(split, split, rows), out_specs=split)
-    start = jax.sharding.reshard(positions[:, 0], rows)
-    k, v = (jax.sharding.reshard(x, split) for x in (k, v))
-    return LayerCache(place(cache.k, k, start), place(cache.v, v, start))
+    return Cache(tuple(layer() for _ in range(config.num_layers)))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from qwen_jax import sharding
 from qwen_jax.config import ModelConfig
 from qwen_jax.model.block import Block
-from qwen_jax.model.cache import Cache
+from qwen_jax.model.cache import Batch, Cache
 from qwen_jax.model.heads import ScoreHead
 from qwen_jax.model.layers import RMSNorm, Table
 from qwen_jax.ops.attention import Implementation
@@ -40,7 +39,7 @@ class Qwen(nn.Module):
       remat: what the backward pass recomputes: nothing, all but matrix products, or whole layers.
       attention: which implementation.
       balanced: the columns are in the order of `sharding.balanced_columns`.
-      sparse: how prompts are taken into a cache; None for full attention.
+      sparse: how a group of more than one token per row is taken into a cache; None for full attention.
     """
 
     config: ModelConfig
@@ -56,22 +55,16 @@ class Qwen(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"] | None = None,
+        batch: Batch | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, Load | None]:
         c = self.config
         dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
         x = embed(tokens, Table((c.vocab_size, c.width), param_dtype, name="embed")(), dtype=dtype)
-        lengths = _lengths(positions, segments, cache) if c.rope.by_length else None
-        sparse = self.sparse
-        # In full: a token that is decoded, and prompts that fit below the threshold, in the program too.
-        if cache is None or tokens.shape[1] == 1 or (sparse and cache.length <= sparse.threshold):
-            sparse = None
-        turn = rotation(
-            c.rope, positions, lengths, head_dim=c.head_dim, logn=c.logn, dtype=dtype, search=sparse is not None
-        )
-        mask = _mask(positions, segments, cache, balanced=self.balanced)
-        if cache is not None and sparse:
-            mask = dataclasses.replace(mask, lengths=cache.lengths)
+        lengths = _lengths(positions, segments, batch) if c.rope.by_length else None
+        search = self.sparse is not None
+        turn = rotation(c.rope, positions, lengths, head_dim=c.head_dim, logn=c.logn, dtype=dtype, search=search)
+        mask = batch or _mask(positions, segments, balanced=self.balanced)
         block = Block
         if self.remat != "none":
             # Under scan the loop itself keeps the recomputation from being merged with the forward pass.
@@ -91,10 +84,10 @@ class Qwen(nn.Module):
             for i in range(c.num_layers):
                 window = jnp.int32(c.windows[i]) if c.windows and c.windows[i] else None
                 layer = None if cache is None else cache.layers[i]
-                x, (layer, load) = block(c, self.attention, sparse, name=f"layers_{i}")(x, window, layer, turn, mask)
+                x, (layer, load) = block(c, self.attention, self.sparse, name=f"layers_{i}")(x, window, layer, turn, mask)
                 filled.append(layer)
                 loads.append(load)
-            cache = None if cache is None else dataclasses.replace(cache, layers=tuple(filled))
+            cache = None if cache is None else Cache(tuple(filled))
             load = jax.tree.map(lambda *each: jnp.stack(each), *loads)
         x = RMSNorm(c.norm_eps, param_dtype, name="final_norm")(x)
         if c.score:
@@ -110,28 +103,25 @@ def _split(*arrays: Array | None) -> list[Array | None]:
     return [x if x is None else jax.sharding.reshard(x, sharding.activation("bt", x.shape)) for x in arrays]
 
 
-def _lengths(positions: Array, segments: Array | None, cache: Cache | None) -> Array | None:
+def _lengths(positions: Array, segments: Array | None, batch: Batch | None) -> Array:
     """Tokens of each row [B]: of its prompt where there is a cache, else of its longest document."""
-    if cache is not None:
-        return cache.lengths
+    if batch is not None:
+        if batch.prompts is None:
+            raise ValueError("rotations go by the lengths of the prompts: give the batch `prompts`")
+        return batch.prompts
     real = positions if segments is None else jnp.where(segments > 0, positions, -1)
     return real.max(axis=1) + 1
 
 
-def _mask(positions: Array, segments: Array | None, cache: Cache | None, *, balanced: bool) -> Mask:
-    if cache is None:
-        return Mask(
-            query_positions=positions,
-            key_positions=positions,
-            query_segments=segments,
-            key_segments=segments,
-            aligned=True,
-            balanced=balanced,
-        )
-    batch, length = positions.shape
-    slots = jnp.broadcast_to(jnp.arange(cache.length, dtype=positions.dtype), (batch, cache.length))
-    # A prompt that fills its cache is a prefill from position 0: slot t is token t.
-    return Mask(query_positions=positions, key_positions=slots, aligned=length == cache.length)
+def _mask(positions: Array, segments: Array | None, *, balanced: bool) -> Mask:
+    return Mask(
+        query_positions=positions,
+        key_positions=positions,
+        query_segments=segments,
+        key_segments=segments,
+        aligned=True,
+        balanced=balanced,
+    )
 
 
 def _windows(config: ModelConfig) -> Int[Array, " L"] | None:
@@ -153,20 +143,6 @@ def abstract(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init(config, jax.random.key(0)))
 
 
-@overload
-def forward(
-    config: ModelConfig,
-    params: Params,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    *,
-    cache: Cache,
-    attention: Implementation = "auto",
-    sparse: VerticalSlash | None = None,
-) -> tuple[Float[Array, "B T D"], Cache]: ...
-
-
-@overload
 def forward(
     config: ModelConfig,
     params: Params,
@@ -177,45 +153,51 @@ def forward(
     remat: Remat = "none",
     attention: Implementation = "auto",
     balanced: bool = False,
-) -> tuple[Float[Array, "B T D"], None]: ...
-
-
-def forward(
-    config: ModelConfig,
-    params: Params,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    *,
-    segments: Int[Array, "B T"] | None = None,
-    cache: Cache | None = None,
-    remat: Remat = "none",
-    attention: Implementation = "auto",
-    balanced: bool = False,
-    sparse: VerticalSlash | None = None,
-) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """The hidden states of `tokens`, and the cache with them written to it.
+) -> Float[Array, "B T D"]:
+    """The hidden states of `tokens`.
 
     Args:
       config: shape and constants.
-      params: stacked, or one entry per layer; with a cache, one entry per layer.
+      params: stacked, or one entry per layer.
       tokens: ids in [0, vocab_size).
-      positions: of each token within its document; with a cache, consecutive slots per row.
+      positions: of each token within its document.
       segments: number of the document of each token; None where a row is one document.
-      cache: what came before.
       remat: what the backward pass recomputes.
       attention: which implementation.
       balanced: columns are in the order of `sharding.balanced_columns`, which on a mesh with a `context` axis gives
         each device the same work.
-      sparse: with a cache made for it: prompts above its threshold are taken in with sparse attention.
     """
-    scan = "layers" in params
-    if scan and cache is not None:
+    module = Qwen(config, "layers" in params, remat, attention, balanced)
+    return _apply(module, params, *_split(tokens, positions, segments))[0]
+
+
+def forward_cached(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, " T"],
+    batch: Batch,
+    cache: Cache,
+    *,
+    attention: Implementation = "auto",
+    sparse: VerticalSlash | None = None,
+) -> tuple[Float[Array, "T D"], Cache]:
+    """The hidden states of the new tokens of rows whose earlier ones are in a cache; and the cache with these too.
+
+    Args:
+      config: shape and constants.
+      params: one entry per layer.
+      tokens: ids in [0, vocab_size), T of them, a multiple of the ways that the mesh splits a batch.
+      batch: whose they are.
+      cache: what came before; donate it, or it is copied.
+      attention: which implementation.
+      sparse: groups of more than one token per row are attended to so, whatever their length; None for full attention.
+    """
+    if "layers" in params:
         raise ValueError("decoding takes parameters of one entry per layer: call unstack_layers(params) once before")
-    if sparse and (cache is None or cache.lengths is None):
-        raise ValueError("sparse prefill takes a cache that knows the prompts' lengths: make_cache(..., sparse=...)")
-    arrays = _split(tokens, positions, segments)
-    hidden, cache, _ = _apply(Qwen(config, scan, remat, attention, balanced, sparse), params, *arrays, cache)
-    return hidden, cache
+    columns = _split(tokens[:, None], batch.positions[:, None])
+    module = Qwen(config, False, attention=attention, sparse=sparse)
+    hidden, cache, _ = cast(tuple[Array, Cache, Any], _apply(module, params, *columns, batch=batch, cache=cache))
+    return hidden[:, 0], cache
 
 
 def forward_with_load(
@@ -237,8 +219,10 @@ def forward_with_load(
     return hidden, load
 
 
-def _apply(module: Qwen, params: Params, *arguments: Any) -> tuple[Array, Cache | None, Load | None]:
-    return cast(Any, module.apply({"params": params}, *arguments))
+def _apply(
+    module: Qwen, params: Params, *arguments: Any, **cached: Any
+) -> tuple[Array, Cache | None, Load | None]:
+    return cast(Any, module.apply({"params": params}, *arguments, **cached))
 
 
 def hidden_states(

@@ -153,6 +153,16 @@ def _alpha(lengths: Int[Array, "B 1"], original: int) -> Float[Array, "B 1"]:
     return (jnp.left_shift(2, doublings) - 1).astype(jnp.float32)
 
 
+def kind(rope: Rope, length: int) -> int:
+    """A number that rows have in common if, for prompts of their lengths, equal tokens at equal positions turn alike."""
+    match rope.scaling:
+        case QwenNTK(original_positions=original):
+            return (-(-length // original) - 1).bit_length()
+        case (DynamicNTK(original_positions=original) | DualChunk(original_positions=original)) if rope.by_length:
+            return length if length > original else 0
+    return 0
+
+
 def _ramp(yarn: Yarn, theta: float, head_dim: int) -> np.ndarray:
     """[H/2] from 0, for pairs that stay, to 1, for those that become slower."""
 

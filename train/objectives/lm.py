@@ -32,7 +32,7 @@ def loss(
     tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
     how = dict(segments=segments, remat=remat, attention=attention, balanced=True)
     if config.moe is None:
-        hidden, _ = forward(config, params, tokens, positions, **how)
+        hidden = forward(config, params, tokens, positions, **how)
     else:
         hidden, load = forward_with_load(config, params, tokens, positions, **how)
     total = chunked_cross_entropy(hidden, head(params), batch["targets"], batch["weights"])

@@ -1,0 +1,342 @@
+"""The engine: requests in, tokens out, many rows at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from qwen_jax import sharding
+from qwen_jax.config import ModelConfig
+from qwen_jax.engine.pages import Pages
+from qwen_jax.engine.request import Request, Token
+from qwen_jax.engine.scheduler import Piece, Row, Scheduler
+from qwen_jax.engine.steps import Choice, Chosen, Inputs, choose, compute, remember
+from qwen_jax.errors import DataError
+from qwen_jax.model import Params, make_cache
+from qwen_jax.ops.paged_attention import Rows
+from qwen_jax.ops.rope import kind
+from qwen_jax.ops.sampling import Sampling, Seen, Stages
+from qwen_jax.ops.vertical_slash import VerticalSlash
+
+# Numbers of rows and lengths of pieces are rounded up to these steps, so that few shapes are ever compiled.
+_STEP = 4
+_SHORTEST = 32
+
+_IDLE = Sampling(temperature=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """How much the engine does at a time.
+
+    Attributes:
+      max_rows: requests that run together; more wait.
+      max_length: tokens of a request at most, its prompt and what follows; None for what the model has positions for.
+      cache_tokens: tokens that the cache has room for; None for `max_rows` requests of `max_length` tokens each.
+      page_size: tokens of a page, the unit in which rows take room and share what they have in common; with int8 a
+        multiple of 128.
+      chunk: tokens of a prompt that one step takes in.
+      int8: whether keys and values are kept in int8, with a scale for each.
+    """
+
+    max_rows: int = 8
+    max_length: int | None = None
+    cache_tokens: int | None = None
+    page_size: int = 32
+    chunk: int = 512
+    int8: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stats:
+    """How the engine is doing.
+
+    Attributes:
+      num_waiting, num_running: requests.
+      pages_used, pages_total: pages that rows hold, and all there are.
+      prompt_tokens, generated_tokens: tokens of the prompts that were asked for, and tokens made, since the beginning.
+      prefix_hits: tokens that were found in pages instead of being computed.
+      preemptions: how often a row gave up its pages and was computed again.
+      steps: steps of the model.
+    """
+
+    num_waiting: int
+    num_running: int
+    pages_used: int
+    pages_total: int
+    prompt_tokens: int
+    generated_tokens: int
+    prefix_hits: int
+    preemptions: int
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flight:
+    """A step that was launched: the row of each of the tokens that it makes, None where nobody wants one."""
+
+    rows: list[Row | None]
+    chosen: Chosen
+
+
+class Engine:
+    """A model ready to decode. Not for several threads at once.
+
+    Attributes:
+      config: shape and constants; `dtype` is the type of its parameters and of the computation.
+      mesh: the devices it runs on.
+      max_length: tokens of a request at most, its prompt and what follows.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        num_tokens: int,
+        mesh: Mesh,
+        capacity: Capacity = Capacity(),
+        sparse: VerticalSlash | None = None,
+    ) -> None:
+        """
+        Args:
+          config: shape and constants.
+          params: one entry per layer (`unstack_layers`), in the config's dtype, on `mesh`.
+          num_tokens: tokens the tokenizer has; later rows of the embedding are padding.
+          mesh: the devices.
+          capacity: how much is done at a time.
+          sparse: how prompts above its threshold are taken in, whole; None for full attention, which is what the model
+            computes.
+        """
+        self.config, self.mesh = config, mesh
+        self._params, self._num_tokens, self._sparse, self._capacity = params, num_tokens, sparse, capacity
+        self.max_length = min(capacity.max_length or config.max_position, config.max_position)
+        size = capacity.page_size
+        self._width = -(-self.max_length // size)
+        num_pages = -(-(capacity.cache_tokens or capacity.max_rows * self.max_length) // size)
+        self.max_length = min(self.max_length, num_pages * size)
+        self._scheduler = Scheduler(Pages(num_pages, size), max_rows=capacity.max_rows, chunk=capacity.chunk)
+        with jax.set_mesh(mesh):
+            # XLA on CPU multiplies one row of bfloat16 some ten times slower than two.
+            self._least = math.lcm(sharding.axis_size(sharding.BATCH), 2 if config.dtype == "bfloat16" else 1)
+            self._cache = make_cache(config, num_pages, size, int8=capacity.int8)
+            # One more than there are rows: the place of whatever nobody asked for.
+            self._last = jnp.zeros(capacity.max_rows + 1, jnp.int32)
+        self._seen: Seen | None = None
+        self._flight: _Flight | None = None
+        self._early: list[Token] = []
+        self._requests: dict[int, Row] = {}
+        self._num_requests = self._prompt_tokens = self._generated_tokens = self._steps = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is asked for that is not done."""
+        return bool(self._requests or self._early or self._flight)
+
+    @property
+    def stats(self) -> Stats:
+        scheduler, pages = self._scheduler, self._scheduler.pages
+        return Stats(
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            pages_used=pages.count - pages.free,
+            pages_total=pages.count,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            prefix_hits=scheduler.reused,
+            preemptions=scheduler.preemptions,
+            steps=self._steps,
+        )
+
+    def add(self, request: Request) -> int:
+        """The number of the request, which waits for its turn.
+
+        Raises DataError if it can never fit, or if a token of it is none of the tokenizer's.
+        """
+        length = len(request.prompt)
+        if length + request.max_new_tokens > self.max_length:
+            room = self.max_length - length
+            way_out = f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt"
+            raise DataError(
+                f"a prompt of {length} tokens and {request.max_new_tokens} new ones do not fit into "
+                f"{self.max_length} positions; {way_out}"
+            )
+        outside = next((token for token in request.prompt if not 0 <= token < self._num_tokens), None)
+        if outside is not None:
+            raise DataError(f"the prompt has the token {outside}; ids from 0 to {self._num_tokens - 1} are wanted")
+        number, self._num_requests = self._num_requests, self._num_requests + 1
+        sparse = self._sparse is not None and length > self._sparse.threshold
+        row = Row(request, number, None if sparse else kind(self.config.rope, length), list(request.prompt))
+        self._requests[number] = row
+        self._scheduler.add(row)
+        self._prompt_tokens += length
+        return number
+
+    def cancel(self, request: int) -> None:
+        """Forgets a request, whose pages are free at once; one that is done or unknown is none."""
+        row = self._requests.pop(request, None)
+        if row is not None:
+            self._scheduler.publish(row)
+            self._scheduler.finish(row)
+
+    def swap(self, params: Params) -> None:
+        """Goes on with other weights of the same shapes. Requests on their way are computed again up to where they are."""
+        self._early += self._collect()
+        self._params = params
+        self._scheduler.restart()
+
+    def step(self) -> list[Token]:
+        """Launches the next step, and gives the tokens of the one before: the device never waits for the host.
+
+        Where a grammar must know its last token first, this step's come one call later.
+        """
+        made, self._early = self._early, []
+        if any(row.request.constraint for row in self._scheduler):
+            made += self._collect()
+            self._flight = self._launch()
+        else:
+            flight = self._launch()
+            made += self._collect()
+            self._flight = flight
+        return made
+
+    def _launch(self) -> _Flight | None:
+        plan = self._scheduler.plan()
+        if plan is None:
+            return None
+        self._steps += 1
+        with jax.set_mesh(self.mesh):
+            inputs, ends = self._inputs(plan.rows, plan.piece)
+            sparse = self._sparse if plan.piece and plan.piece.row.kind is None else None
+            scores, self._cache = compute(
+                self.config, self._params, self._cache, self._last, inputs, ends=ends, sparse=sparse
+            )
+            ending = plan.piece.row if plan.piece and plan.piece.last else None
+            if plan.piece:
+                self._scheduler.publish(plan.piece.row)
+            if not plan.rows and ending is None:
+                return _Flight([], Chosen(self._last))
+            rows: list[Row | None] = [*plan.rows, *[None] * (len(scores) - len(plan.rows))]
+            if ending is not None:
+                rows[len(scores) - ends] = ending
+                self._remember(ending)
+            return _Flight(rows, self._choose(scores, rows))
+
+    def _inputs(self, rows: Sequence[Row], piece: Piece | None) -> tuple[Inputs, int]:
+        """What the model takes in, and how many rows of logits the piece has."""
+        given: dict[str, Any] = {}
+        prompts = []
+        if rows:
+            count = self._bucket(len(rows), self._least, self._capacity.max_rows)
+            more = count - len(rows)
+            given["places"] = np.array([*(row.place for row in rows), *[self._capacity.max_rows] * more], np.int32)
+            given["rows"] = self._rows(rows, [row.length for row in rows], count, width=1)
+            prompts += [*(len(row.request.prompt) for row in rows), *[0] * more]
+        if piece is not None:
+            size = piece.stop - piece.start
+            width = self._bucket(size, math.lcm(_SHORTEST, self._least), max(self._capacity.chunk, size))
+            tokens = np.zeros(width, np.int32)
+            tokens[:size] = piece.row.tokens[piece.start : piece.stop]
+            given["tokens"] = tokens
+            given["piece"] = self._rows([piece.row], [piece.stop], 1, width=width, new=size)
+            prompts += [len(piece.row.request.prompt)] * width
+        if self.config.rope.by_length or self._sparse:
+            given["prompts"] = np.array(prompts, np.int32)
+        return Inputs(**given), self._least if piece else 0
+
+    def _bucket(self, size: int, least: int, most: int) -> int:
+        """The first of `least`, four times that and so on which is at least `size`, but not above what `most` needs."""
+        steps = max(0, math.ceil(math.log(size / least, _STEP) - 1e-9))
+        return min(least * _STEP**steps, -(-most // least) * least)
+
+    def _rows(self, rows: Sequence[Row], lengths: Sequence[int], count: int, *, width: int, new: int = 1) -> Rows:
+        """A group of `count` rows, of which the first are `rows`."""
+        table = np.zeros((count, self._width), np.int32)
+        for entry, row in zip(table, rows, strict=False):
+            entry[: len(row.pages)] = row.pages
+        padded = np.array([*lengths, *[0] * (count - len(rows))], np.int32)
+        return Rows(lengths=padded, table=table, count=np.int32(len(rows) * new), width=width)
+
+    def _choose(self, scores: jax.Array, rows: Sequence[Row | None]) -> Chosen:
+        requests = [row and row.request for row in rows]
+        nobody = self._capacity.max_rows
+        stages = Stages.of([request.sampling if request else _IDLE for request in requests])
+        allowed = None
+        if any(request and request.constraint for request in requests):
+            allowed = np.full((len(rows), -(-self._num_tokens // 32)), 2**32 - 1, np.uint32)
+            for words, request in zip(allowed, requests, strict=True):
+                if request and request.constraint:
+                    words[:] = request.constraint.mask()
+        choice = Choice(
+            places=np.array([row.place if row else nobody for row in rows], np.int32),
+            seeds=np.array([request.seed if request else 0 for request in requests], np.uint32),
+            rows=np.array([request.row if request else 0 for request in requests], np.uint32),
+            positions=np.array([row.length if row else 0 for row in rows], np.int32),
+            stages=stages,
+            allowed=allowed,
+        )
+        asked = [request.logprobs for request in requests if request and request.logprobs is not None]
+        seen = self._seen if stages.counts_tokens else None
+        chosen, self._last, seen = choose(
+            scores, self._last, seen, choice, num_tokens=self._num_tokens, top=_top(max(asked)) if asked else None
+        )
+        self._seen = self._seen if seen is None else seen
+        return chosen
+
+    def _remember(self, row: Row) -> None:
+        """Has the device count the tokens of a row from here on, if anything looks at them."""
+        if not row.request.sampling.counts_tokens:
+            return
+        size = self.config.vocab_size
+        if self._seen is None:
+            self._seen = Seen.empty(self._capacity.max_rows + 1, size)
+        length = len(row.request.prompt)
+        prompt, made = (np.bincount(part, minlength=size) for part in (row.tokens[:length], row.tokens[length:] or [0]))
+        made = made if len(row.tokens) > length else np.zeros_like(made)
+        self._seen = remember(self._seen, np.int32(row.place), prompt.astype(np.int32), made.astype(np.int32))
+
+    def _collect(self) -> list[Token]:
+        """The tokens of the step that was launched last."""
+        flight, self._flight = self._flight, None
+        if flight is None or not flight.rows:
+            return []
+        chosen = jax.device_get(flight.chosen)
+        return [
+            self._emit(row, index, chosen) for index, row in enumerate(flight.rows) if row is not None and not row.done
+        ]
+
+    def _emit(self, row: Row, index: int, chosen: Chosen) -> Token:
+        """A row's next token, with which it may be done."""
+        request, token = row.request, int(chosen.tokens[index])
+        row.tokens.append(token)
+        self._generated_tokens += 1
+        reason = None
+        if token < 0:
+            reason = "error"
+        elif token in request.stop_ids:
+            reason = "stop"
+        elif len(row.tokens) == len(request.prompt) + request.max_new_tokens:
+            reason = "length"
+        if reason is None and request.constraint:
+            request.constraint.accept(token)
+        if reason != "error":
+            self._scheduler.publish(row)
+        if reason is not None:
+            self._scheduler.finish(row)
+            del self._requests[row.number]
+        if request.logprobs is None or chosen.logprobs is None:
+            return Token(row.number, token, reason)
+        top = [] if not request.logprobs else zip(chosen.top_ids[index].tolist(), chosen.top[index].tolist(), strict=True)
+        return Token(row.number, token, reason, float(chosen.logprobs[index]), list(top)[: request.logprobs])
+
+
+def _top(asked: int) -> int:
+    """Of how many tokens the probabilities are computed: few different numbers, each of which is another program."""
+    return 0 if asked == 0 else 20 if asked > 5 else 5

@@ -1,0 +1,166 @@
+"""What is compiled: a step of the model over rows and a piece of a prompt, and the choice of the tokens that follow.
+
+Two programs, so that how tokens are chosen compiles nothing of the model anew. Both are launched without waiting for
+what they compute: the last token of each row stays on the device, where the next step finds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Key, UInt
+
+from qwen_jax import sharding
+from qwen_jax.config import ModelConfig
+from qwen_jax.model import Batch, Cache, Params, forward_cached, logits
+from qwen_jax.ops.paged_attention import Rows
+from qwen_jax.ops.sampling import Seen, Stages, logprobs, sample
+from qwen_jax.ops.vertical_slash import VerticalSlash
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a step of the model takes in: the last tokens of some rows, a piece of a prompt, or both.
+
+    Attributes:
+      rows: the rows that decode, [R] or, ahead of what is known, `rows.width` tokens each; None for none.
+      places: [R], which of the engine's rows they are; idle ones have a place that no row has.
+      drafts: [R, width - 1], what may follow their last tokens; None where the width is one.
+      piece: the row whose prompt a piece is of; None for none.
+      tokens: [C], the piece, padded.
+      prompts: [T], tokens of the prompt of each token's row, where they matter; None elsewhere.
+    """
+
+    rows: Rows | None = None
+    places: Int[Array, " R"] | None = None
+    drafts: Int[Array, "R W1"] | None = None
+    piece: Rows | None = None
+    tokens: Int[Array, " C"] | None = None
+    prompts: Int[Array, " T"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How the tokens after S of a step's tokens are chosen.
+
+    Attributes:
+      places: whose last tokens they become; a place that no row has for what nobody asked for.
+      seeds, rows: of the requests: with the positions, the keys of their random numbers.
+      positions: where the new tokens will stand.
+      stages: what is done to the logits.
+      allowed: words of a bit for each token that grammars allow; None for all.
+    """
+
+    places: Int[Array, " S"]
+    seeds: UInt[Array, " S"]
+    rows: UInt[Array, " S"]
+    positions: Int[Array, " S"]
+    stages: Stages
+    allowed: UInt[Array, "S words"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """The tokens [S], -1 where logits were not finite; their logarithms of probability, and those of the likeliest."""
+
+    tokens: Int[Array, " S"]
+    logprobs: Float[Array, " S"] | None = None
+    top_ids: Int[Array, "S top"] | None = None
+    top: Float[Array, "S top"] | None = None
+
+
+@functools.partial(jax.jit, static_argnames=("config", "ends", "sparse"), donate_argnames=("cache",))
+def compute(
+    config: ModelConfig,
+    params: Params,
+    cache: Cache,
+    last: Int[Array, " places"],
+    inputs: Inputs,
+    *,
+    ends: int,
+    sparse: VerticalSlash | None = None,
+) -> tuple[Float[Array, "S V"], Cache]:
+    """The logits after every token of the rows, and `ends` times those after the piece; and the cache with all of it."""
+    tokens, groups = [], []
+    if inputs.rows is not None:
+        columns = last[inputs.places][:, None]
+        if inputs.drafts is not None:
+            columns = jnp.concatenate([columns, inputs.drafts], axis=1)
+        tokens.append(columns.reshape(-1))
+        groups.append(inputs.rows)
+    if inputs.piece is not None:
+        tokens.append(inputs.tokens)
+        groups.append(inputs.piece)
+    batch = Batch(rows=tuple(groups), prompts=inputs.prompts)
+    hidden, cache = forward_cached(config, params, jnp.concatenate(tokens), batch, cache, sparse=sparse)
+    hidden = jax.sharding.reshard(hidden, P(None, None))
+    if inputs.piece is not None:
+        decoded = len(hidden) - len(inputs.tokens)
+        end = jax.lax.dynamic_slice_in_dim(hidden, decoded + inputs.piece.count - 1, 1)
+        hidden = jnp.concatenate([hidden[:decoded], jnp.broadcast_to(end, (ends, end.shape[1]))])
+    return _rows(logits(params, split(hidden, "b_")[:, None])[:, 0]), cache
+
+
+@functools.partial(jax.jit, static_argnames=("num_tokens", "top"), donate_argnames=("last", "seen"))
+def choose(
+    logits: Float[Array, "S V"],
+    last: Int[Array, " places"],
+    seen: Seen | None,
+    choice: Choice,
+    *,
+    num_tokens: int,
+    top: int | None,
+) -> tuple[Chosen, Int[Array, " places"], Seen | None]:
+    """The tokens after each row of logits, and the engine's last tokens and statistics with them.
+
+    Args:
+      logits: of `compute`.
+      last: the last token of each of the engine's rows, and of the place that no row has.
+      seen: the statistics of their tokens; None where no stage looks at them.
+      choice: how.
+      num_tokens: tokens the tokenizer has.
+      top: how many of the likeliest tokens are told; None for no probabilities at all.
+    """
+    keys = jax.vmap(_key)(choice.seeds, choice.rows, choice.positions)
+    own = None if seen is None else jax.tree.map(lambda x: _rows(x[choice.places]), seen)
+    tokens = sample(logits, keys, choice.stages, num_tokens=num_tokens, seen=own, allowed=choice.allowed)
+    chosen = Chosen(tokens)
+    if top is not None:
+        chosen = Chosen(tokens, *logprobs(logits, tokens, num_tokens=num_tokens, top=top))
+    # Every device knows all of them: the next step gathers from here.
+    tokens = jax.sharding.reshard(tokens, P(None))
+    last = last.at[choice.places].set(jnp.maximum(tokens, 0))
+    if seen is not None:
+        seen = dataclasses.replace(seen, generated=seen.generated.at[choice.places, last[choice.places]].add(1))
+    return chosen, last, seen
+
+
+@functools.partial(jax.jit, donate_argnames=("seen",))
+def remember(
+    seen: Seen, place: Int[Array, ""], prompt: Int[Array, " V"], generated: Int[Array, " V"]
+) -> Seen:
+    """The statistics with those of a row that begins, or goes on, at `place`: how often each token is in it."""
+    return Seen(
+        prompt=seen.prompt.at[place].set(prompt > 0),
+        generated=seen.generated.at[place].set(generated.astype(seen.generated.dtype)),
+    )
+
+
+def split(x: Array, letters: str) -> Array:
+    """x with the sharding of its letters; "_" is a dimension that is whole everywhere."""
+    return jax.sharding.reshard(x, sharding.activation(letters, x.shape))
+
+
+def _rows(x: Float[Array, "S V"]) -> Float[Array, "S V"]:
+    return split(x, "b_")
+
+
+def _key(seed: UInt[Array, ""], row: UInt[Array, ""], position: Int[Array, ""]) -> Key[Array, ""]:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)
