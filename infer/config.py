@@ -23,8 +23,8 @@ class Options:
       sparse_prefill: prompts of more tokens are taken in with sparse attention; None for full attention.
       format: name of a chat format; None for the model's own.
       thinking: False closes an empty thought before every answer.
-      max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty: None for the model's own default;
-        otherwise as in `qwen_jax.engine.Sampling`.
+      max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
+        frequency_penalty: None for the model's own default; otherwise as in `qwen_jax.engine.Sampling`.
       seed: of the random numbers.
     """
 
@@ -40,6 +40,8 @@ class Options:
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
     seed: int
 
 
@@ -195,6 +197,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--top-p", metavar="P", type=float, help="keep the likeliest that reach P together (1: all)")
     add("--min-p", metavar="P", type=float, help="keep those P times as likely as the best (0: all)")
     add("--repetition-penalty", metavar="X", type=float, help="above 1 against repetition (1: none)")
+    add("--presence-penalty", metavar="X", type=float, help="against tokens made before, -2 to 2 (0: none)")
+    add("--frequency-penalty", metavar="X", type=float, help="the same for each time they were made (0: none)")
     add("--seed", metavar="N", type=_integer(0, 2**32 - 1), default=0, help="of the random numbers (default: 0)")
 
 

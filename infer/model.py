@@ -18,7 +18,7 @@ from qwen_jax.text.template import JinjaFormat
 from qwen_jax.weights.source import NativeCheckpoint, PublishedFolder, open_model
 from qwen_jax.weights.usage import GENERATION, Usage, read_usage
 
-FIELDS = [field.name for field in dataclasses.fields(Sampling)]
+FIELDS = {x.name for x in dataclasses.fields(Sampling)} & {x.name for x in dataclasses.fields(Options)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,4 +8,5 @@ mask        which keys a query may see, as a specification
 attention   softmax attention, dispatched over implementations
 loss        cross-entropy without the logits of a whole batch
 sampling    logits to tokens
+draw        a distribution cut off below, and a draw from it
 """

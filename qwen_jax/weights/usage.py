@@ -45,8 +45,6 @@ _NOT_HONOURED = {
     "epsilon_cutoff": 0,
     "eta_cutoff": 0,
     "encoder_repetition_penalty": 1,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
     "guidance_scale": 1,
     "min_length": 0,
     "min_new_tokens": 0,
@@ -64,7 +62,8 @@ class Usage:
 
     Attributes:
       defaults: fields of `Sampling` that generation_config.json sets, as `generate()` of transformers 5 reads them:
-        without do_sample the temperature is 0, and a top_k that is not given is 50. Empty without the file.
+        without do_sample the temperature is 0, and a top_k that is not given is 50. Presence and frequency penalties,
+        which it does not have, hold as well. Empty without the file.
       max_new_tokens: of generation_config.json.
       stop_ids: tokens that end a text.
       template: the chat template; None where there is none.
@@ -126,6 +125,8 @@ def _sampling(fields: _Fields) -> dict[str, float]:
         "top_p": fields.number("top_p"),
         "min_p": fields.number("min_p"),
         "repetition_penalty": fields.number("repetition_penalty"),
+        "presence_penalty": fields.number("presence_penalty"),
+        "frequency_penalty": fields.number("frequency_penalty"),
     }
     given = {"temperature": 1.0, "top_k": _TOP_K} | {name: value for name, value in values.items() if value is not None}
     if not fields.flag("do_sample"):
