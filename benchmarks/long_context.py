@@ -176,7 +176,7 @@ def token_losses(config: ModelConfig, params: model.Params, window: jax.Array) -
     """Nats of every target of rows [B, T + 1], as [B, T]."""
     tokens, targets = window[:, :-1], window[:, 1:]
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden, _ = model.forward(config, params, tokens, positions)
+    hidden = model.forward(config, params, tokens, positions)
     logits = jax.sharding.reshard(model.logits(params, hidden), jax.P())
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
 

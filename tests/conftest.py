@@ -23,7 +23,7 @@ from jaxtyping import install_import_hook
 # Before anything imports these, which annotate shapes: arguments and results of every call are compared with them. An
 # int is a float, as for pyright.
 install_import_hook(
-    ["qwen_jax.ops", "qwen_jax.model", "qwen_jax.kernels", "qwen_jax.engine.decode"],
+    ["qwen_jax.ops", "qwen_jax.model", "qwen_jax.kernels", "qwen_jax.engine.steps"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 

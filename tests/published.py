@@ -17,6 +17,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.ops.loss import chunked_cross_entropy
 from qwen_jax.text.tokenizer import Tokenizer, train_bpe
 from qwen_jax.weights import hf, hf_config
+from tests import paged
 
 QWEN1_OLD_NAMES = {
     "hidden_size": "n_embd",
@@ -106,19 +107,25 @@ def assert_close(got, want, name=""):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def logits(config, params, tokens, positions, **cache):
-    """The logits [B, T, V], and the cache."""
-    hidden, cache = model.forward(config, params, tokens, positions, **cache)
-    return model.logits(params, hidden), cache
+def logits(config, params, tokens, positions):
+    """The logits [B, T, V]."""
+    return model.logits(params, model.forward(config, params, tokens, positions))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of_rows(config, params, tokens, positions, rows):
+    """Likewise of rows in pages, and the rows."""
+    hidden, rows = paged.forward(config, params, tokens, positions, rows)
+    return model.logits(params, hidden), rows
 
 
 def assert_decodes(config, params, ids, expected):
-    """With a cache, a prompt, single tokens and several at once have the logits that all of `ids` [B, 17] have."""
-    cache, at = model.make_cache(config, *ids.shape, lengths=jnp.full(len(ids), 9, jnp.int32)), 0
+    """In pages, a prompt, single tokens and several at once have the logits that all of `ids` [B, 17] have."""
+    rows, at = paged.paged(config, *ids.shape, jnp.full(len(ids), 9, jnp.int32)), 0
     for length in (9, 1, 1, 1, 1, 4):
         tokens = jnp.asarray(ids[:, at : at + length], jnp.int32)
         positions = jnp.broadcast_to(jnp.arange(at, at + length, dtype=jnp.int32), tokens.shape)
-        got, cache = logits(config, params, tokens, positions, cache=cache)
+        got, rows = logits_of_rows(config, params, tokens, positions, rows)
         assert_close(got, expected[:, at : at + length], f"tokens from {at}")
         at += length
 
@@ -131,7 +138,7 @@ def loss_and_gradients(config, params, ids):
     targets, weights = jnp.roll(ids, -1, axis=1), jnp.ones(ids.shape, jnp.float32).at[:, -1].set(0)
 
     def loss(params):
-        hidden, _ = model.forward(config, params, ids, positions)
+        hidden = model.forward(config, params, ids, positions)
         total = chunked_cross_entropy(hidden, model.head(params), targets, weights)
         return total / weights.sum(), model.logits(params, hidden)
 

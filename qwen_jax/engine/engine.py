@@ -20,7 +20,7 @@ from qwen_jax.engine.scheduler import Piece, Row, Scheduler
 from qwen_jax.engine.steps import Choice, Chosen, Inputs, choose, compute, remember
 from qwen_jax.errors import DataError
 from qwen_jax.model import Params, make_cache
-from qwen_jax.ops.paged_attention import Rows
+from qwen_jax.ops.pages import Rows
 from qwen_jax.ops.rope import kind
 from qwen_jax.ops.sampling import Sampling, Seen, Stages
 from qwen_jax.ops.vertical_slash import VerticalSlash
@@ -283,7 +283,7 @@ class Engine:
             allowed=allowed,
         )
         asked = [request.logprobs for request in requests if request and request.logprobs is not None]
-        seen = self._seen if stages.counts_tokens else None
+        seen = self._seen if stages.needs_seen else None
         chosen, self._last, seen = choose(
             scores, self._last, seen, choice, num_tokens=self._num_tokens, top=_top(max(asked)) if asked else None
         )
@@ -292,11 +292,12 @@ class Engine:
 
     def _remember(self, row: Row) -> None:
         """Has the device count the tokens of a row from here on, if anything looks at them."""
-        if not row.request.sampling.counts_tokens:
+        if not row.request.sampling.needs_seen:
             return
         size = self.config.vocab_size
         if self._seen is None:
-            self._seen = Seen.empty(self._capacity.max_rows + 1, size)
+            shape = (self._capacity.max_rows + 1, size)
+            self._seen = Seen(prompt=jnp.zeros(shape, bool), generated=jnp.zeros(shape, jnp.int32))
         length = len(row.request.prompt)
         prompt, made = (np.bincount(part, minlength=size) for part in (row.tokens[:length], row.tokens[length:] or [0]))
         made = made if len(row.tokens) > length else np.zeros_like(made)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key, UInt
 from qwen_jax import sharding
 from qwen_jax.config import ModelConfig
 from qwen_jax.model import Batch, Cache, Params, forward_cached, logits
-from qwen_jax.ops.paged_attention import Rows
+from qwen_jax.ops.pages import Rows
 from qwen_jax.ops.sampling import Seen, Stages, logprobs, sample
 from qwen_jax.ops.vertical_slash import VerticalSlash
 
@@ -105,7 +105,9 @@ def compute(
         decoded = len(hidden) - len(inputs.tokens)
         end = jax.lax.dynamic_slice_in_dim(hidden, decoded + inputs.piece.count - 1, 1)
         hidden = jnp.concatenate([hidden[:decoded], jnp.broadcast_to(end, (ends, end.shape[1]))])
-    return _rows(logits(params, split(hidden, "b_")[:, None])[:, 0]), cache
+    rows = jax.sharding.reshard(hidden, sharding.activation("b_", hidden.shape))
+    # Few enough to be whole everywhere: what is chosen from them every device knows.
+    return jax.sharding.reshard(logits(params, rows[:, None])[:, 0], P(None, None)), cache
 
 
 @functools.partial(jax.jit, static_argnames=("num_tokens", "top"), donate_argnames=("last", "seen"))
@@ -129,13 +131,11 @@ def choose(
       top: how many of the likeliest tokens are told; None for no probabilities at all.
     """
     keys = jax.vmap(_key)(choice.seeds, choice.rows, choice.positions)
-    own = None if seen is None else jax.tree.map(lambda x: _rows(x[choice.places]), seen)
+    own = None if seen is None else jax.tree.map(lambda x: x[choice.places], seen)
     tokens = sample(logits, keys, choice.stages, num_tokens=num_tokens, seen=own, allowed=choice.allowed)
     chosen = Chosen(tokens)
     if top is not None:
         chosen = Chosen(tokens, *logprobs(logits, tokens, num_tokens=num_tokens, top=top))
-    # Every device knows all of them: the next step gathers from here.
-    tokens = jax.sharding.reshard(tokens, P(None))
     last = last.at[choice.places].set(jnp.maximum(tokens, 0))
     if seen is not None:
         seen = dataclasses.replace(seen, generated=seen.generated.at[choice.places, last[choice.places]].add(1))
@@ -151,15 +151,6 @@ def remember(
         prompt=seen.prompt.at[place].set(prompt > 0),
         generated=seen.generated.at[place].set(generated.astype(seen.generated.dtype)),
     )
-
-
-def split(x: Array, letters: str) -> Array:
-    """x with the sharding of its letters; "_" is a dimension that is whole everywhere."""
-    return jax.sharding.reshard(x, sharding.activation(letters, x.shape))
-
-
-def _rows(x: Float[Array, "S V"]) -> Float[Array, "S V"]:
-    return split(x, "b_")
 
 
 def _key(seed: UInt[Array, ""], row: UInt[Array, ""], position: Int[Array, ""]) -> Key[Array, ""]:

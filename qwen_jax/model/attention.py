@@ -11,14 +11,13 @@ from qwen_jax import sharding
 from qwen_jax.config import DualChunk, ModelConfig
 from qwen_jax.model.cache import Batch, LayerCache
 from qwen_jax.model.layers import Linear, RMSNorm
-from qwen_jax.ops import paged_attention as paged
+from qwen_jax.ops import pages as paged
 from qwen_jax.ops.attention import Implementation, attention
 from qwen_jax.ops.dual_chunk import dual_chunk_attention
 from qwen_jax.ops.mask import Mask
+from qwen_jax.ops.paged_attention import attend
 from qwen_jax.ops.rope import Rotation, rotate
 from qwen_jax.ops.vertical_slash import VerticalSlash, vertical_slash_attention
-
-Queries = tuple[Float[Array, "B T N H"], ...]
 
 
 class Attention(nn.Module):
@@ -63,7 +62,7 @@ class Attention(nn.Module):
         return scaling.chunk if isinstance(scaling, DualChunk) else None
 
     def _attend(
-        self, queries: Queries, k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Mask
+        self, queries: tuple[Float[Array, "B T N H"], ...], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Mask
     ) -> Float[Array, "B T N H"]:
         """The attention that the config asks for, among the tokens themselves."""
         if self._chunk:
@@ -72,8 +71,8 @@ class Attention(nn.Module):
 
     def _in_pages(
         self,
-        queries: Queries,
-        search: Queries,
+        queries: tuple[Float[Array, "T 1 N H"], ...],
+        search: tuple[Float[Array, "T 1 N H"], ...],
         k: Float[Array, "T 1 K H"],
         v: Float[Array, "T 1 K H"],
         batch: Batch,
@@ -83,18 +82,14 @@ class Attention(nn.Module):
         found, pages, scales, start = [], cache.pages, cache.scales, 0
         queries, search, k, v = jax.tree.map(_everywhere, (queries, search, k, v))
         for rows in batch.rows:
-            own = slice(start, start := start + rows.num_tokens)
+            own = slice(start, start := start + len(rows.positions))
             pages, scales = paged.write(pages, k[own], v[own], rows, scales)
             q, s = (tuple(x[own] for x in group) for group in (queries, search))
             if self.sparse and rows.width > 1:
-                found.append(self._sparsely(q, s, *paged.gather(pages, rows, scales), own, batch))
+                found.append(self._sparsely(q, s, *paged.gather(pages, rows, scales, dtype=self.config.dtype), own, batch))
                 continue
-            found.append(
-                paged.attend(
-                    q, pages, rows,
-                    scales=scales, window=batch.window, chunk=self._chunk, implementation=self.implementation,
-                )
-            )  # fmt: skip
+            how = dict(scales=scales, window=batch.window, chunk=self._chunk)
+            found.append(attend(q, pages, rows, **how, implementation=self.implementation))
         y = jnp.concatenate(found)[:, None]
         y = jax.sharding.reshard(y, sharding.activation("btnh", y.shape))
         return y, LayerCache(pages, scales)

@@ -1,4 +1,4 @@
-"""The keys and values of the tokens seen so far, in pages (`ops.paged_attention`)."""
+"""The keys and values of the tokens seen so far, in pages (`ops.pages`)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from qwen_jax import sharding
 from qwen_jax.config import ModelConfig
-from qwen_jax.ops.paged_attention import Rows, kv_heads
+from qwen_jax.ops.pages import Rows, make_pages
 
 
 @jax.tree_util.register_dataclass
@@ -60,21 +59,13 @@ class Batch:
 
 
 def make_cache(config: ModelConfig, num_pages: int, page_size: int, *, int8: bool = False) -> Cache:
-    """Empty pages of `page_size` tokens, in the config's dtype or in int8, split over the current mesh.
+    """Empty pages of `page_size` tokens on the current mesh, in the config's dtype or in int8.
 
     A page of int8 has a multiple of 128 tokens.
     """
-    heads = kv_heads(config.num_kv_heads)
     if int8 and page_size % 128:
         raise ValueError(f"pages of int8 have a multiple of 128 tokens, not {page_size}")
-
-    def zeros(*shape: int, dtype: str) -> Array:
-        return jnp.zeros(shape, dtype, out_sharding=sharding.activation("_k__", shape))
-
-    def layer() -> LayerCache:
-        if not int8:
-            return LayerCache(zeros(num_pages, heads, page_size, 2 * config.head_dim, dtype=config.dtype))
-        words = zeros(num_pages, heads, page_size // 4, 2 * config.head_dim, dtype="int32")
-        return LayerCache(words, zeros(num_pages, heads, 2, page_size, dtype="float32"))
-
-    return Cache(tuple(layer() for _ in range(config.num_layers)))
+    layer = lambda: make_pages(
+        num_pages, config.num_kv_heads, page_size, config.head_dim, config.dtype, quantised=int8
+    )
+    return Cache(tuple(LayerCache(*layer()) for _ in range(config.num_layers)))

@@ -66,6 +66,11 @@ class Sampling:
             if token < 0 or not -100 <= bias <= 100:
                 raise ConfigError(f"logit_bias={token}: {bias} must be a token's id and a number from -100 to 100")
 
+    @property
+    def needs_seen(self) -> bool:
+        """Whether what is chosen depends on the tokens seen."""
+        return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
+
 
 @typing.no_type_check  # at run time: where a program is only lowered, JAX makes stages of descriptions of arrays
 @jax.tree_util.register_dataclass
@@ -101,7 +106,7 @@ class Stages:
         return cls(**stages, logit_bias=_pad_biases([row.logit_bias for row in rows]))
 
     @property
-    def need_seen(self) -> bool:
+    def needs_seen(self) -> bool:
         """Whether any stage is for tokens seen."""
         return any(x is not None for x in (self.repetition_penalty, self.presence_penalty, self.frequency_penalty))
 
@@ -150,7 +155,7 @@ def sample(
     logits = jnp.where(_choosable(logits.shape[1], num_tokens, allowed), logits, -jnp.inf)
     if stages.logit_bias is not None:
         logits = add_bias(logits, *stages.logit_bias)
-    if stages.need_seen:
+    if stages.needs_seen:
         assert seen is not None, "the penalties are for tokens seen"
         logits = penalize(logits, seen, stages)
     tokens = best = jnp.argmax(logits, axis=-1).astype(jnp.int32)

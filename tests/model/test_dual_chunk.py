@@ -10,6 +10,7 @@ import numpy as np
 
 from qwen_jax import model
 from qwen_jax.config import DualChunk, Rope
+from tests import paged
 from tests.conftest import tiny_config
 from tests.model.test_transformer import ids, parameters
 
@@ -26,15 +27,18 @@ def config_of(original_positions):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "attention"))
-def run(config, params, tokens, positions, cache, *, attention="auto"):
-    hidden, cache = model.forward(config, params, tokens, positions, cache=cache, attention=attention)
-    return model.logits(params, hidden), cache
+def run(config, params, tokens, positions, rows, *, attention="auto"):
+    if rows is None:
+        hidden = model.forward(config, params, tokens, positions, attention=attention)
+    else:
+        hidden, rows = paged.forward(config, params, tokens, positions, rows, attention=attention)
+    return model.logits(params, hidden), rows
 
 
 def prefill(params, lengths, *, pieces=1, attention="auto", slots=78):
     """Logits [3, 78, V] of all tokens, when prompts have `lengths`, and the cache."""
     config = config_of(9)
-    cache, logits = model.make_cache(config, 3, slots, lengths=jnp.asarray(lengths)), []
+    cache, logits = paged.paged(config, 3, slots, jnp.asarray(lengths)), []
     for at in np.split(np.tile(np.arange(78, dtype=np.int32), (3, 1)), pieces, axis=1):
         found, cache = run(config, params, TOKENS[:, at[0]], at, cache, attention=attention)
         logits.append(found)

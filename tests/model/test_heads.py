@@ -80,8 +80,8 @@ def test_a_score_does_not_change_the_hidden_states(mesh):
     without = {name: value for name, value in params.items() if name != "score"}
     tokens = np.arange(6, dtype=np.int32)[None]
     forward = jax.jit(model.forward, static_argnums=0)
-    got, _ = forward(config, params, tokens, tokens)
-    want, _ = forward(tiny_config(), without, tokens, tokens)
+    got = forward(config, params, tokens, tokens)
+    want = forward(tiny_config(), without, tokens, tokens)
     np.testing.assert_array_equal(got, want)
 
 

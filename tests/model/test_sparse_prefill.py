@@ -7,12 +7,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from qwen_jax import model
 from qwen_jax.config import DualChunk, Rope
 from qwen_jax.ops.rope import rotate, rotation
 from qwen_jax.ops.vertical_slash import VerticalSlash
+from tests import paged
 from tests.conftest import tiny_config
 from tests.model.test_transformer import ids, parameters
 
@@ -23,16 +23,16 @@ EVERYTHING = VerticalSlash(threshold=64, vertical=LENGTH)
 
 
 @functools.partial(jax.jit, static_argnames=("sparse",))
-def run(params, tokens, positions, cache, *, sparse):
-    hidden, cache = model.forward(CONFIG, params, tokens, positions, cache=cache, sparse=sparse)
-    return model.logits(params, hidden), cache
+def run(params, tokens, positions, rows, *, sparse):
+    hidden, rows = paged.forward(CONFIG, params, tokens, positions, rows, sparse=sparse)
+    return model.logits(params, hidden), rows
 
 
 def prefill(params, *, pieces, sparse):
-    cache = model.make_cache(CONFIG, 3, LENGTH, lengths=jnp.asarray(LENGTHS), sparse=sparse)
+    rows = paged.paged(CONFIG, 3, LENGTH, jnp.asarray(LENGTHS))
     tokens, logits = ids(3, LENGTH), []
     for at in np.split(np.tile(np.arange(LENGTH, dtype=np.int32), (3, 1)), pieces, axis=1):
-        found, cache = run(params, tokens[:, at[0]], at, cache, sparse=sparse)
+        found, rows = run(params, tokens[:, at[0]], at, rows, sparse=sparse)
         logits.append(found)
     return np.concatenate(logits, axis=1)
 
@@ -42,22 +42,6 @@ def test_in_pieces_and_chunks_with_everything_kept_it_is_full_attention(mesh):
     full, sparse = prefill(params, pieces=1, sparse=None), prefill(params, pieces=2, sparse=EVERYTHING)
     for row, length in enumerate(LENGTHS):
         np.testing.assert_allclose(sparse[row, :length], full[row, :length], rtol=0, atol=1e-4)
-
-
-def test_prompts_that_fit_below_the_threshold_have_the_program_of_full_attention(mesh):
-    params = model.unstack_layers(parameters(CONFIG))
-
-    def program(threshold):
-        sparse = threshold and VerticalSlash(threshold=threshold)
-
-        @jax.jit
-        def of_prompts(params, at):
-            cache = model.make_cache(CONFIG, 3, LENGTH, lengths=jnp.asarray(LENGTHS))
-            return model.forward(CONFIG, params, at, at, cache=cache, sparse=sparse)
-
-        return of_prompts.lower(params, np.tile(np.arange(LENGTH, dtype=np.int32), (3, 1))).as_text()
-
-    assert program(LENGTH) == program(None) != program(LENGTH - 1)
 
 
 def test_search_turns_are_true_distances_to_the_chunk_before_and_go_on_from_there():
@@ -76,12 +60,3 @@ def test_search_turns_are_true_distances_to_the_chunk_before_and_go_on_from_ther
     np.testing.assert_allclose(before[40:80, :40], true[40:80, :40], atol=1e-4)
     # Of the chunk before that, distances begin at the local size past a chunk.
     np.testing.assert_allclose(earlier[80:120, :40], true[60:100, :40], atol=1e-4)
-
-
-def test_a_cache_that_does_not_know_the_prompts_lengths_is_refused(mesh):
-    config = tiny_config(num_layers=1)
-    with pytest.raises(ValueError, match="give make_cache their `lengths`"):
-        model.make_cache(config, 2, 6, sparse=EVERYTHING)
-    cache, at = model.make_cache(config, 2, 6), jnp.zeros((2, 6), jnp.int32)
-    with pytest.raises(ValueError, match="make_cache.*sparse="):
-        model.forward(config, {}, at, at, cache=cache, sparse=EVERYTHING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from qwen_jax import model, sharding
 from qwen_jax.config import DualChunk, DynamicNTK, Moe, QwenNTK, Rope, Score, Yarn
 from qwen_jax.ops.loss import chunked_cross_entropy
+from tests import paged
 from tests.conftest import tiny_config
 
 # float32 sums taken in another order: a few units in the last place of numbers of size one.
@@ -62,7 +64,7 @@ def test_no_gradient_flows_from_a_token_to_an_earlier_one(mesh, attention, windo
     def output_at(table, t):
         # Each token has its own row of the table, so a row's gradient is that token's.
         own = params | {"embed": {"w": table}}
-        hidden, _ = hidden_states(config, own, np.arange(9)[None], attention=attention)
+        hidden = hidden_states(config, own, np.arange(9)[None], attention=attention)
         at_t = jnp.arange(9)[None, :, None] == t
         return jnp.where(at_t, hidden**2, 0).sum()
 
@@ -89,13 +91,13 @@ def test_packed_documents_equal_separate_ones(mesh, attention, scan, changes):
     segments = np.repeat(np.arange(1, 4), lengths)[None].astype(np.int32)
 
     def loss_packed(params):
-        hidden, _ = hidden_states(
+        hidden = hidden_states(
             config, params, packed, positions, segments=jnp.asarray(segments), attention=attention
         )
         return (jnp.sin(hidden) ** 3).sum(), hidden
 
     def loss_separate(params):
-        hidden = [hidden_states(config, params, document, attention=attention)[0] for document in documents]
+        hidden = [hidden_states(config, params, document, attention=attention) for document in documents]
         hidden = jnp.concatenate(hidden, axis=1)
         return (jnp.sin(hidden) ** 3).sum(), hidden
 
@@ -126,7 +128,7 @@ def loss_and_norm(config, sizes, attention="auto"):
 
     def loss(params, tokens, targets, positions, segments, weights):
         how = dict(segments=segments, attention=attention, balanced=True)
-        hidden, _ = model.forward(config, params, tokens, positions, **how)
+        hidden = model.forward(config, params, tokens, positions, **how)
         return chunked_cross_entropy(hidden, model.head(params), targets, weights) / weights.sum()
 
     with jax.set_mesh(sharding.make_mesh(devices=devices, **sizes)):
@@ -175,7 +177,7 @@ def test_the_load_of_each_layer(mesh, scan, remat):
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     (_, (hidden, load)), gradient = run(params)
-    np.testing.assert_allclose(hidden, hidden_states(config, params, tokens, segments=segments)[0], **ROUNDING)
+    np.testing.assert_allclose(hidden, hidden_states(config, params, tokens, segments=segments), **ROUNDING)
     assert load.counts.shape == load.probabilities.shape == (2, 2, 6) and load.squares.shape == (2, 2)
     np.testing.assert_allclose(load.counts.sum(-1), [[8 * 3, 5 * 3]] * 2)
     np.testing.assert_allclose(load.probabilities.sum(-1), [[8, 5]] * 2, rtol=1e-5)
@@ -193,11 +195,11 @@ def test_a_dense_model_has_no_load(mesh):
 def test_each_field_of_the_experts_changes_the_output(mesh):
     base = tiny_config(**SHARED, num_layers=1)
     params, tokens = parameters(base), ids(1, 8)
-    expected = hidden_states(base, params, tokens)[0]
+    expected = hidden_states(base, params, tokens)
     shapes = lambda config: jax.tree.map(lambda x: x.shape, model.abstract(config))
     for changes in (dict(top_k=2), dict(normalize_top_k=True)):
         changed = dataclasses.replace(base, moe=dataclasses.replace(base.moe, **changes))
-        assert not np.array_equal(hidden_states(changed, params, tokens)[0], expected), changes
+        assert not np.array_equal(hidden_states(changed, params, tokens), expected), changes
     for changes in (dict(num_experts=9), dict(expert_width=8), dict(shared_width=0)):
         changed = dataclasses.replace(base, moe=dataclasses.replace(base.moe, **changes))
         assert shapes(changed) != shapes(base), changes
@@ -227,7 +229,7 @@ def test_parameters_start_the_same_on_every_mesh():
 def test_remat_changes_no_gradient(mesh, remat, scan):
     config = tiny_config(num_layers=2)
     params = parameters(config) if scan else model.unstack_layers(parameters(config))
-    loss = lambda params, remat: jnp.sum(hidden_states(config, params, ids(2, 8), remat=remat)[0] ** 2)
+    loss = lambda params, remat: jnp.sum(hidden_states(config, params, ids(2, 8), remat=remat) ** 2)
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
@@ -243,19 +245,16 @@ def test_decoding_step_by_step_equals_one_full_pass(mesh, changes):
     config = tiny_config(**changes)
     params = model.unstack_layers(parameters(config))
     tokens = ids(2, 12)
-    full = np.asarray(hidden_states(config, params, tokens)[0])
-    step = jax.jit(
-        lambda params, tokens, positions, cache: model.forward(config, params, tokens, positions, cache=cache)
-    )
+    full = np.asarray(hidden_states(config, params, tokens))
+    step = jax.jit(functools.partial(paged.forward, config))
     # Row 1's prompt is shorter: what pads it is overwritten before it can be seen.
     prompts = np.where(np.arange(6) < [[6], [4]], tokens[:, :6], 0)
-    hidden, cache = step(params, prompts, np.tile(np.arange(6, dtype=np.int32), (2, 1)), model.make_cache(config, 2, 6))
+    hidden, rows = step(params, prompts, np.tile(np.arange(6, dtype=np.int32), (2, 1)), paged.paged(config, 2, 12))
     np.testing.assert_allclose(hidden[0], full[0, :6], **ROUNDING)
     np.testing.assert_allclose(hidden[1, :4], full[1, :4], **ROUNDING)
-    cache = cache.grow(12)
     for t in range(6):
         at = np.array([[6 + t], [4 + t]], np.int32)
-        hidden, cache = step(params, np.take_along_axis(tokens, at, axis=1), at, cache)
+        hidden, rows = step(params, np.take_along_axis(tokens, at, axis=1), at, rows)
         np.testing.assert_allclose(hidden[:, 0], full[np.arange(2), at[:, 0]], **ROUNDING)
 
 
@@ -278,7 +277,7 @@ def test_every_field_of_the_config_changes_the_output(mesh):
     base = tiny_config(windows=(0, 0, 0))
     tokens = ids(1, 16)
     params = parameters(base)
-    output = lambda config, params: np.asarray(hidden_states(config, params, tokens)[0], np.float32)
+    output = lambda config, params: np.asarray(hidden_states(config, params, tokens), np.float32)
     expected = output(base, params)
     # The fields of a scaling are counted in tests/ops/test_rope.py.
     same_tree = dict(norm_eps=1e-1, rope=NTK, logn=9, windows=(2, 2, 2), dtype="bfloat16")
@@ -303,7 +302,7 @@ def test_qwen1_extended_is_plain_within_its_training_length(mesh):
     plain = tiny_config()
     extended = tiny_config(rope=Rope(theta=12345.0, scaling=QwenNTK(original_positions=12)), logn=12)
     params = parameters(plain)
-    output = lambda config, length: hidden_states(config, params, ids(2, 16)[:, :length])[0]
+    output = lambda config, length: hidden_states(config, params, ids(2, 16)[:, :length])
     np.testing.assert_array_equal(output(extended, 12), output(plain, 12))
 
 
@@ -312,11 +311,11 @@ def test_padding_does_not_count_as_length(mesh):
     params, tokens = parameters(config), ids(2, 16)
     lengths = np.array([[3], [16]])
     at = np.arange(16, dtype=np.int32)
-    padded, _ = hidden_states(
+    padded = hidden_states(
         config, params, np.where(at < lengths, tokens, 0), np.tile(at, (2, 1)),
         segments=jnp.asarray(at < lengths, jnp.int32),
     )  # fmt: skip
-    plain, _ = hidden_states(tiny_config(), params, tokens[:, :3])
+    plain = hidden_states(tiny_config(), params, tokens[:, :3])
     np.testing.assert_allclose(padded[0, :3], plain[0], **ROUNDING)
     assert np.abs(np.asarray(padded)[1, :3] - plain[1]).max() > 1e-3
 
@@ -329,26 +328,24 @@ def test_padding_does_not_count_as_length(mesh):
         DualChunk(chunk_size=20, local_size=8, original_positions=4),
     ],
 )
-def test_a_cache_is_not_made_without_the_lengths_it_needs(mesh, scaling):
-    config = tiny_config(rope=Rope(theta=9.0, scaling=scaling))
-    with pytest.raises(ValueError, match="give make_cache their `lengths`"):
-        model.make_cache(config, 2, 6)
-    lengths = jnp.array([3, 6], jnp.int32)
-    np.testing.assert_array_equal(model.make_cache(config, 2, 6, lengths=lengths).grow(12).lengths, lengths)
-    assert model.make_cache(tiny_config(), 2, 6, lengths=lengths).lengths is None
+def test_rows_in_pages_are_refused_without_the_lengths_they_need(mesh, scaling):
+    config, at = tiny_config(rope=Rope(theta=9.0, scaling=scaling)), np.arange(6, dtype=np.int32)[None]
+    params = model.unstack_layers(parameters(config))
+    with pytest.raises(ValueError, match="give the batch `prompts`"):
+        jax.jit(functools.partial(paged.forward, config))(params, at, at, paged.paged(config, 1, 6))
 
 
 def test_a_token_outside_the_vocabulary_is_not_clamped(mesh):
     config = tiny_config()
-    hidden, _ = hidden_states(config, parameters(config), np.array([[1, 2, 96], [1, 2, -1], [1, 2, 95]]))
+    hidden = hidden_states(config, parameters(config), np.array([[1, 2, 96], [1, 2, -1], [1, 2, 95]]))
     assert np.isnan(hidden[:2, 2]).all() and np.isfinite(hidden[2]).all()
 
 
 def test_bfloat16_is_close_to_float32(mesh):
     config = tiny_config()
     params = parameters(config)
-    exact, _ = hidden_states(config, params, ids(2, 12))
-    low, _ = hidden_states(dataclasses.replace(config, dtype="bfloat16"), params, ids(2, 12))
+    exact = hidden_states(config, params, ids(2, 12))
+    low = hidden_states(dataclasses.replace(config, dtype="bfloat16"), params, ids(2, 12))
     assert low.dtype == jnp.bfloat16
     # bfloat16 keeps 8 bits: a relative step of 2^-8, some layers deep, on outputs of size one.
     assert np.abs(exact - low.astype(jnp.float32)).mean() < 0.03

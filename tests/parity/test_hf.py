@@ -14,7 +14,8 @@ from qwen_jax.config import DynamicNTK, Linear, Rope, Score, Yarn
 from qwen_jax.ops.rope import frequencies
 from qwen_jax.weights import hf, hf_config
 from tests.conftest import tiny_config
-from tests.published import assert_close, logits, tree_of
+from tests import paged
+from tests.published import assert_close, logits_of_rows, tree_of
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install -e '.[parity]'")
 transformers = pytest.importorskip("transformers", reason="the oracle: pip install -e '.[parity]'")
@@ -85,7 +86,7 @@ def test_it_computes_what_ours_computes(mesh, config, tmp_path):
     params = tree_of(config, hf.table(config, hf.model_type_of(config)), named)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 16)).astype(np.int32)
     positions = np.tile(np.arange(16, dtype=np.int32), (2, 1))
-    hidden, _ = jax.jit(model.forward, static_argnums=0)(config, params, tokens, positions)
+    hidden = jax.jit(model.forward, static_argnums=0)(config, params, tokens, positions)
     params = jax.tree.map(jnp.asarray, params)
     got = model.scores(config, params, hidden) if config.score else model.logits(params, hidden)
     with torch.no_grad():
@@ -114,14 +115,15 @@ def test_decoding_turns_keys_as_theirs_does(mesh, name, tmp_path):
                 cache = out.past_key_values
             expected.append(torch.cat(steps).numpy())
 
-    cache = model.make_cache(config, 2, 16, lengths=jnp.asarray(lengths))
+    rows = paged.paged(config, 2, 16, jnp.asarray(lengths))
     positions = np.tile(np.arange(10, dtype=np.int32), (2, 1))
-    got, cache = logits(config, params, np.where(positions < lengths[:, None], ids[:, :10], 0), positions, cache=cache)
+    first = np.where(positions < lengths[:, None], ids[:, :10], 0)
+    got, rows = logits_of_rows(config, params, first, positions, rows)
     for row, length in enumerate(lengths):
         assert_close(got[row, :length], expected[row][:length], f"prompt {row}")
     for step in range(6):
         at = lengths[:, None] + step
-        got, cache = logits(config, params, np.take_along_axis(ids, at, axis=1), at, cache=cache)
+        got, rows = logits_of_rows(config, params, np.take_along_axis(ids, at, axis=1), at, rows)
         assert_close(got[:, 0], np.stack([expected[row][at[row, 0]] for row in (0, 1)]), f"step {step}")
 
 

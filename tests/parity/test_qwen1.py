@@ -63,7 +63,7 @@ def our_logits(folder):
     opened = open_model(folder)
     params = load_params(opened, dtype="float32", stacked=True)
     positions = np.tile(np.arange(IDS.shape[1], dtype=np.int32), (2, 1))
-    return np.asarray(logits(opened.config, params, IDS, positions)[0])
+    return np.asarray(logits(opened.config, params, IDS, positions))
 
 
 def test_logits_loss_and_gradients(mesh, published):

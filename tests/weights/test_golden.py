@@ -43,7 +43,7 @@ def test_a_language_model(mesh, name):
 def classify(config, params, ids, labels):
     """The mean cross-entropy of the last token's scores, and these scores."""
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-    hidden, _ = model.forward(config, params, ids, positions)
+    hidden = model.forward(config, params, ids, positions)
     # Made whole: a slice of a split axis has no gradient.
     scores = jax.sharding.reshard(model.scores(config, params, hidden), P())[:, -1]
     return -(jax.nn.one_hot(labels, config.score.labels) * jax.nn.log_softmax(scores)).sum(-1).mean(), scores
