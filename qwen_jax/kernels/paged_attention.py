@@ -108,7 +108,7 @@ def paged_attention(
 ) -> Float[Array, "T N H"]:
     """Causal attention of each new token to its row, itself included; zeros for tokens of no row.
 
-    The slow twin `ops.paged_attention.paged_attention` says what the arrays are.
+    The slow twin `ops.paged_attention.paged_attention` and `ops.pages` say what the arrays are.
 
     Args:
       generation: of the TPU.
@@ -118,7 +118,10 @@ def paged_attention(
     Raises:
       ValueError: shapes do not tile, or the table is too large for the memory of the scalar core (1 MiB).
     """
-    _check(q, pages, page_table, scales, generation)
+    if generation not in _CORES:
+        raise ValueError(f"generation={generation!r} is none of {', '.join(_CORES)}")
+    if reason := refusal(q, pages, page_table, scales):
+        raise ValueError(reason)
     (count, num_heads, dim), (_, kv_heads, _, lanes) = q.shape, pages.shape
     page_size = pages.shape[2] if scales is None else scales.shape[3]
     group, heads = num_heads // kv_heads, _heads_at_once(kv_heads, generation)
@@ -155,26 +158,25 @@ def _heads_at_once(kv_heads: int, generation: Generation) -> int:
     return max(heads for heads in range(1, _MAX_HEADS + 1) if share % heads == 0)
 
 
-def _check(q: Array, pages: Array, page_table: Array, scales: Array | None, generation: Generation) -> None:
+def refusal(q: Array, pages: Array, page_table: Array, scales: Array | None) -> str | None:
+    """Why the kernel cannot take arrays like these; None if it can."""
     (_, num_heads, dim), (_, kv_heads, rows, lanes) = q.shape, pages.shape
     tile = 32 // pages.dtype.itemsize
-    if generation not in _CORES:
-        raise ValueError(f"generation={generation!r} is none of {', '.join(_CORES)}")
     if pages.dtype not in ((jnp.bfloat16, jnp.float32) if scales is None else (jnp.int32,)):
         wanted = "bfloat16 or float32 without scales, int32 with them"
-        raise ValueError(f"pages are {pages.dtype}, scales are {'not ' * (scales is None)}given: wanted {wanted}")
+        return f"pages are {pages.dtype}, scales are {'not ' * (scales is None)}given: wanted {wanted}"
     if num_heads % kv_heads:
-        raise ValueError(f"{num_heads} query heads cannot share {kv_heads} kv heads evenly")
+        return f"{num_heads} query heads cannot share {kv_heads} kv heads evenly"
     if lanes != 2 * dim or lanes % _LANES:
-        raise ValueError(f"pages of {lanes} lanes and heads of {dim}: wanted 2 x {dim}, and a multiple of {_LANES}")
+        return f"pages of {lanes} lanes and heads of {dim}: wanted 2 x {dim}, and a multiple of {_LANES}"
     if rows % tile:
-        raise ValueError(f"pages of {rows} rows of {pages.dtype}: wanted a multiple of {tile}, the rows of a tile")
+        return f"pages of {rows} rows of {pages.dtype}: wanted a multiple of {tile}, the rows of a tile"
     if scales is not None and (scales.shape[3] != 4 * rows or scales.shape[3] % _LANES):
         slots = f"{4 * rows} slots of int8 with scales for {scales.shape[3]}"
-        raise ValueError(f"pages of {slots}: wanted as many, a multiple of {_LANES}, the lanes of a tile")
+        return f"pages of {slots}: wanted as many, a multiple of {_LANES}, the lanes of a tile"
     if page_table.size > _MAX_TABLE:
         table = f"{page_table.shape[0]} rows x {page_table.shape[1]} pages"
-        raise ValueError(f"a table of {table}: wanted at most {_MAX_TABLE} in all; use fewer rows or larger pages")
+        return f"a table of {table}: wanted at most {_MAX_TABLE} in all; use fewer rows or larger pages"
 
 
 def _plan(

@@ -67,7 +67,7 @@ def on_each_device(
 
     The result has the first `rank` dimensions of q.
     """
-    k, v = _one_kv_head_per_device(k), _one_kv_head_per_device(v)
+    k, v = one_kv_head_per_device(k), one_kv_head_per_device(v)
     queries = sharding.activation("btnh", jax.tree.leaves(q)[0].shape)
     keys = sharding.activation("bksh", k.shape)
     by_query, by_key = P(*queries[:2]), P(queries[0], None)
@@ -115,13 +115,13 @@ def choose(implementation: Implementation, q: Float[Array, "B T N H"], mask: Mas
     return implementation
 
 
-def _one_kv_head_per_device(x: Float[Array, "B K S H"]) -> Float[Array, "B R S H"]:
+def one_kv_head_per_device(x: Float[Array, "B K *s"]) -> Float[Array, "B R *s"]:
     """x itself, or, where K cannot be split over `tensor`, each head repeated for the devices that share it."""
-    ways, (batch, heads, length, dim) = sharding.axis_size("tensor"), x.shape
+    ways, (batch, heads, *rest) = sharding.axis_size("tensor"), x.shape
     if heads % ways == 0:
         return x
-    wide = jnp.broadcast_to(x[:, :, None], (batch, heads, ways // heads, length, dim))
-    return wide.reshape(batch, ways, length, dim)
+    wide = jnp.broadcast_to(x[:, :, None], (batch, heads, ways // heads, *rest))
+    return wide.reshape(batch, ways, *rest)
 
 
 def reference(

@@ -1,35 +1,180 @@
-"""Keys and values in pages of a fixed size, which rows of a batch take and share as they grow (Kwon et al., 2023).
+"""Attention of new tokens to rows whose keys and values are in pages (ops.pages).
 
-Two arrays per layer, whose shapes are chosen for the tiles of TPU memory; `tensor` may split K:
-
-pages   [P, K, S, 2 H]  page, kv head, slot, and in the lanes the key (rotated) beside the value: a kv head's page is
-                        whole tiles even at H = 64, a page with all its heads is contiguous, and needs one copy
-
-or, quantised to int8,
-
-pages   [P, K, S/4, 2 H]  int32 words of four slots each, the first in the lowest byte: this is how TPU stores int8, and
-                          XLA, which writes single rows of words in place, would copy all pages to write one of bytes
-scales  [P, K, 2, S]      float32, what to multiply the key and the value of a slot by; S % 128 = 0, as lanes are
-
-Batches are ragged. `lengths` [R] counts the tokens of each row, the new ones included; `page_table` [R, M] has the
-pages of its slots in order; the new tokens of row i, its last ones, are `query_starts[i]:query_starts[i + 1]` of the
-batch ([R + 1]: a decoding row has one, a chunk of a prompt many, an idle row none); only the first `num_rows` [1]
-rows count. All are int32. Ids of pages that hold no token of a row, and what stands in such pages, are never used.
+The XLA form walks over blocks of pages with a running softmax (Milakov & Gimelshein, 2018), as many as the rows are
+long: one program serves any lengths, and nothing is made that has the size of a row.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from typing import Literal, NamedTuple, cast
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Num
 
+from qwen_jax import sharding
+from qwen_jax.errors import ConfigError
+from qwen_jax.kernels import paged_attention as kernel
+from qwen_jax.kernels.blocks import Generation
 from qwen_jax.ops.mask import HIDDEN
+from qwen_jax.ops.pages import SPLIT, Rows, Scales, fetch, page_size
 
-_TOKENS_AT_ONCE = 32  # each with a copy of the pages of its row
+Implementation = Literal["auto", "pallas", "xla", "reference"]
+Queries = tuple[Float[Array, "T N H"], ...]
+
+_TOKENS_AT_ONCE = 32  # of the slow twin, each with a copy of the pages of its row
+_QUERIES = 64  # of a row that are computed at once, at most
+_ROWS = 4  # rows that are computed at once
+_SLOTS = 256  # of a row that are computed at once
+
+
+def attend(
+    queries: Queries,
+    pages: Num[Array, "P K X H2"],
+    rows: Rows,
+    *,
+    scales: Scales | None = None,
+    window: Int[Array, ""] | None = None,
+    chunk: int | None = None,
+    implementation: Implementation,
+) -> Float[Array, "T N H"]:
+    """Causal attention of each new token to its row, itself included; zeros for tokens that are not real.
+
+    Scores, softmax and sums are float32; probabilities take the queries' dtype for the product with values. Heads are
+    split over `tensor`; each device has all tokens.
+
+    Args:
+      queries: one, or three under dual chunk attention (`ops.dual_chunk`); head n uses kv head n // (N / K).
+      pages, scales: with the new tokens' keys and values already in them.
+      rows: whose tokens these are.
+      window: how many of the latest keys are visible, the query's own included; None for all.
+      chunk: tokens of a chunk; None without dual chunk attention.
+      implementation: "reference" is the formula token by token, "pallas" the kernel for TPU.
+
+    Raises ConfigError if the implementation cannot do this.
+    """
+    if chunk is None or rows.table.shape[1] * page_size(pages, scales) <= chunk:
+        queries, chunk = queries[:1], None
+    body = functools.partial(_on_device, chunk=chunk, implementation=implementation)
+    arguments, specs = (queries, pages, rows, scales, window), (SPLIT, SPLIT, P(), SPLIT, P())
+    out = jax.shard_map(body, in_specs=specs, out_specs=SPLIT, check_vma=False)(*jax.sharding.reshard(arguments, specs))
+    return jax.sharding.reshard(out, jax.typeof(queries[0]).sharding.spec)
+
+
+def _on_device(queries, pages, rows, scales, window, *, chunk, implementation):
+    """The attention of a device's heads."""
+    scale = queries[0].shape[2] ** -0.5
+    ragged = pages, rows.lengths, rows.table, rows.query_starts, rows.num_rows.reshape(1)
+    options = dict(scale=scale, window=window, scales=scales)
+    generation = sharding.tpu_generation()
+    refusal = (
+        "dual chunk attention has three queries" if chunk else kernel.refusal(queries[0], pages, rows.table, scales)
+    )
+    if implementation == "pallas" and not generation and sharding.platform() != "cpu":
+        refusal = f"it is a kernel for TPU v4 to v7x and this is {sharding.platform()}"
+    if implementation == "pallas" and refusal:
+        raise ConfigError(f"paged attention cannot be 'pallas', since {refusal}; choose 'auto'")
+    if implementation == "auto":
+        implementation = "pallas" if generation and not refusal else "xla"
+    if implementation == "reference":
+        return paged_attention(queries, *ragged, **options, chunk=chunk)
+    if implementation == "pallas":
+        interpret = sharding.platform() == "cpu"
+        return kernel.paged_attention(
+            queries[0], *ragged, **options, generation=cast(Generation, generation or "v5e"), interpret=interpret
+        )
+    return _xla(queries, pages, rows, scales, window, chunk)
+
+
+class _Units(NamedTuple):
+    """Blocks of Q queries of a row, U of them: the rows of the XLA form."""
+
+    row: Int[Array, " U"]
+    positions: Int[Array, "U Q"]  # of their queries; -1 where there is none
+    first: Int[Array, " U"]  # page of the row that any of them sees
+    end: Int[Array, " U"]  # the page after the last
+
+
+def _xla(queries, pages, rows, scales, window, chunk):
+    (tokens, heads, dim), num_kv, size = queries[0].shape, pages.shape[1], page_size(pages, scales)
+    length = math.gcd(rows.width, _QUERIES) if rows.width > _QUERIES else rows.width
+    units = _units(rows, length, size, window)
+    count = len(units.row)
+    at_once = min(_ROWS, count) if length == 1 else 1
+    block = max(1, _SLOTS // size)
+    # [U, K, C * Q * G, H]
+    q = jnp.stack(queries).reshape(len(queries), count, length, num_kv, -1, dim)
+    q = jnp.moveaxis(q, (1, 3), (0, 1)).reshape(count, num_kv, -1, dim)
+    some = functools.partial(_some, rows=rows, pages=pages, scales=scales, window=window, chunk=chunk, block=block)
+
+    def next_units(i, out):
+        # The last ones may be computed twice.
+        start = jnp.minimum(i * at_once, count - at_once)
+        take = lambda x: jax.lax.dynamic_slice_in_dim(x, start, at_once)
+        done = some(take(q), _Units(*map(take, units)))
+        return jax.lax.dynamic_update_slice_in_dim(out, done, start, axis=0)
+
+    real = -(-rows.count // length)
+    shape = count, num_kv, q.shape[2] // len(queries), dim
+    out = jax.lax.fori_loop(0, -(-real // at_once), next_units, jnp.zeros(shape, queries[0].dtype))
+    return jnp.moveaxis(out.reshape(count, num_kv, length, -1, dim), 1, 2).reshape(tokens, heads, dim)
+
+
+def _units(rows: Rows, length: int, size: int, window) -> _Units:
+    positions = rows.positions.reshape(-1, length)
+    least = jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions).min(1)
+    first = jnp.zeros_like(least) if window is None else jnp.maximum(least - window + 1, 0) // size
+    end = positions.max(1) // size + 1
+    row = jnp.arange(len(positions), dtype=jnp.int32) // (rows.width // length)
+    return _Units(row=row, positions=positions, first=jnp.minimum(first, end), end=end)
+
+
+def _some(q, units, *, rows, pages, scales, window, chunk, block):
+    """The attention of some units, [U, K, Q * G, H], in as many steps as the longest of them takes."""
+    (count, num_kv, _, dim), size, length = q.shape, page_size(pages, scales), units.positions.shape[1]
+    kinds = 1 if chunk is None else 3
+    table = rows.table[units.row]
+
+    def step(i, state):
+        top, total, sum = state
+        page = units.first[:, None] + i * block + jnp.arange(block)
+        # Other places of the table may hold any id.
+        ids = jnp.where(page < units.end[:, None], jnp.take_along_axis(table, page, axis=1, mode="clip"), 0)
+        slots = (page[..., None] * size + jnp.arange(size)).reshape(count, -1)
+        visible, at = _visible(units.positions, slots, window), units.positions[:, :, None]
+        kv = fetch(pages, scales, ids, q.dtype)
+        # What nobody sees may be NaN, and 0 * NaN is not 0.
+        k, v = kv[..., :dim], jnp.where(visible.any(1)[:, None, :, None], kv[..., dim:], 0)
+        scores = jnp.einsum("ukmh,uksh->ukms", q, k, preferred_element_type=jnp.float32) * dim**-0.5
+        scores = scores.reshape(count, num_kv, kinds, length, -1, slots.shape[1])
+        if chunk is not None:
+            back = (at // chunk - slots[:, None] // chunk)[:, None, :, None]
+            own, before, earlier = jnp.moveaxis(scores, 2, 0)
+            scores = jnp.where(back == 0, own, jnp.where(back == 1, before, earlier))[:, :, None]
+        scores = jnp.where(visible[:, None, None, :, None], scores, HIDDEN).reshape(count, num_kv, -1, slots.shape[1])
+        new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
+        probs, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
+        part = jnp.einsum("ukms,uksh->ukmh", probs.astype(q.dtype), v, preferred_element_type=jnp.float32)
+        return new_top, total * shrink + probs.sum(-1, keepdims=True), sum * shrink + part
+
+    shape = count, num_kv, q.shape[2] // kinds
+    zeros = lambda width: jnp.zeros((*shape, width), jnp.float32)
+    steps = -(-(units.end - units.first).max() // block)
+    _, total, sum = jax.lax.fori_loop(0, steps, step, (zeros(1) + HIDDEN, zeros(1), zeros(dim)))
+    real = jnp.broadcast_to(units.positions[:, None, :, None] >= 0, (count, 1, length, shape[2] // length))
+    return jnp.where(real.reshape(count, 1, -1, 1), sum / total, 0).astype(q.dtype)
+
+
+def _visible(positions: Int[Array, "U Q"], slots: Int[Array, "U S"], window) -> Bool[Array, "U Q S"]:
+    back = positions[:, :, None] - slots[:, None]
+    return back >= 0 if window is None else (back >= 0) & (back < window)
 
 
 def paged_attention(
-    q: Float[Array, "T N H"],
+    queries: Queries,
     pages: Num[Array, "P K X H2"],
     lengths: Int[Array, " R"],
     page_table: Int[Array, "R M"],
@@ -38,103 +183,47 @@ def paged_attention(
     *,
     scale: float,
     window: Int[Array, ""] | None = None,
-    scales: Float[Array, "P K 2 S"] | None = None,
+    scales: Scales | None = None,
+    chunk: int | None = None,
 ) -> Float[Array, "T N H"]:
-    """Causal attention of each new token to its row, itself included; zeros for tokens of no row.
+    """The slow twin of `attend` and of `kernels.paged_attention`, whose rows may have any numbers of new tokens.
 
-    The slow twin of `kernels.paged_attention`, in plain XLA. Each token gathers the pages of its row.
+    Each token gathers the pages of its row.
 
     Args:
-      q: queries; head n uses kv head n // (N / K).
-      pages, lengths, page_table, query_starts, num_rows, scales: see the module.
+      queries, pages, scales, window, chunk: see `attend`.
+      lengths: tokens of each row, new ones included.
+      page_table: pages of each row's slots, in order.
+      query_starts: row i has the new tokens `query_starts[i]:query_starts[i + 1]`: a decoding row one, a chunk of a
+        prompt many, an idle row none.
+      num_rows: only the first so many rows count.
       scale: what scores are multiplied by.
-      window: how many of the latest keys are visible, the query's own included; None for all.
     """
-    (count, heads, dim), kv_heads = q.shape, pages.shape[1]
+    (count, heads, dim), kv_heads = queries[0].shape, pages.shape[1]
     size = page_size(pages, scales)
     row, position = _places(count, lengths, query_starts, num_rows)
-    key_positions = jnp.arange(page_table.shape[1] * size)
+    slots = jnp.arange(page_table.shape[1] * size)
 
     def attend(token):
         q, row, position = token
-        visible = key_positions <= position
+        visible = slots <= position
         if window is not None:
-            visible &= position - key_positions < window
+            visible &= position - slots < window
         # Idle slots of the table may hold any id.
         ids = jnp.where(visible.reshape(-1, size).any(1), page_table[row], 0)
-        if scales is None:
-            kv = _by_head(pages[ids])
-        else:
-            steps = jnp.repeat(scales[ids].swapaxes(2, 3), dim, axis=3)
-            kv = _by_head(_bytes(pages[ids]).astype(jnp.float32) * steps)
         # Hidden slots may hold NaN, and 0 * NaN is not 0.
-        k, v = jnp.split(jnp.where(visible[:, None], kv, 0).astype(q.dtype), 2, axis=-1)
-        q = q.reshape(kv_heads, -1, dim)
-        scores = jnp.einsum("kgh,ksh->kgs", q, k, preferred_element_type=jnp.float32) * scale
+        kv = jnp.where(visible[:, None], fetch(pages, scales, ids, q.dtype), 0)
+        k, v = jnp.split(kv, 2, axis=-1)
+        q = q.reshape(len(q), kv_heads, -1, dim)
+        scores = jnp.einsum("ckgh,ksh->ckgs", q, k, preferred_element_type=jnp.float32) * scale
+        back = 0 if chunk is None else jnp.clip(position // chunk - slots // chunk, 0, 2)
+        scores = jnp.select([back == i for i in range(len(q))], list(scores))
         probs = jax.nn.softmax(jnp.where(visible, scores, HIDDEN), axis=-1).astype(q.dtype)
         out = jnp.einsum("kgs,ksh->kgh", probs, v, preferred_element_type=jnp.float32)
         return jnp.where(position >= 0, out, 0).astype(q.dtype).reshape(heads, dim)
 
-    return jax.lax.map(attend, (q, row, position), batch_size=min(count, _TOKENS_AT_ONCE))
-
-
-def _by_head(x: Num[Array, "M K S X"]) -> Num[Array, "K MS X"]:
-    """The pages of a row, one after another."""
-    return x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[3])
-
-
-def page_size(pages: Num[Array, "P K X H2"], scales: Float[Array, "P K 2 S"] | None) -> int:
-    """Slots of a page."""
-    return pages.shape[2] if scales is None else scales.shape[3]
-
-
-def _bytes(words: Int[Array, "M K W X"]) -> Int[Array, "M K S X"]:
-    split = jnp.moveaxis(jax.lax.bitcast_convert_type(words, jnp.int8), -1, 3)
-    return split.reshape(*words.shape[:2], -1, words.shape[3])
-
-
-def write_pages(
-    pages: Num[Array, "P K X H2"],
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
-    lengths: Int[Array, " R"],
-    page_table: Int[Array, "R M"],
-    query_starts: Int[Array, " R1"],
-    num_rows: Int[Array, " 1"],
-    *,
-    scales: Float[Array, "P K 2 S"] | None = None,
-) -> tuple[Num[Array, "P K X H2"], Float[Array, "P K 2 S"] | None]:
-    """Pages and scales with the new tokens' keys and values in their slots; in place where both are donated.
-
-    With `scales`, each key and each value is quantised by its own largest magnitude, which becomes 127.
-    """
-    row, position = _places(len(k), lengths, query_starts, num_rows)
-    size = page_size(pages, scales)
-    # A page past the last: such updates are dropped.
-    page = jnp.where(position < 0, len(pages), page_table[row, position // size])
-    # An index for each row: else XLA on TPU may turn all pages around, to have the heads of a slot side by side.
-    page, heads, slot = page[:, None], jnp.arange(pages.shape[1]), position[:, None] % size
-    if scales is None:
-        update = jnp.concatenate([k, v], axis=-1).astype(pages.dtype)
-        return pages.at[page, heads, slot].set(update, mode="drop"), None
-    (k, key_scale), (v, value_scale) = quantize(k), quantize(v)
-    update = jnp.concatenate([k, v], axis=-1).astype(jnp.int32) & 255
-    # Rows of slots, [P K 2, S], are no other bytes where S = 128. With four axes XLA on TPU may turn these around too.
-    kind = (page * pages.shape[1] + heads)[..., None] * 2 + jnp.arange(2)
-    steps = jnp.stack([key_scale, value_scale], axis=-1)
-    scales = scales.reshape(-1, size).at[kind, slot[..., None]].set(steps, mode="drop").reshape(scales.shape)
-    # Up to four tokens share a word. Each adds what changes its own byte, so their sum is right in any order.
-    word, shift = (page, heads, slot // 4), (slot % 4 * 8)[..., None]
-    change = (update - (pages[word] >> shift & 255)) << shift
-    return pages.at[word].add(change, mode="drop"), scales
-
-
-def quantize(x: Float[Array, "*n H"]) -> tuple[Int[Array, "*n H"], Float[Array, "*n"]]:
-    """int8 `n` and float32 `s` with `|x - n s| <= s / 2`, one `s` per vector."""
-    wide = x.astype(jnp.float32)
-    scale = jnp.abs(wide).max(-1) / 127
-    steps = wide / jnp.where(scale > 0, scale, 1)[..., None]
-    return jnp.round(steps).astype(jnp.int8), scale
+    tokens = jnp.stack(queries, axis=1), row, position
+    return jax.lax.map(attend, tokens, batch_size=min(count, _TOKENS_AT_ONCE))
 
 
 def _places(

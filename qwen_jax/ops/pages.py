@@ -1,0 +1,181 @@
+"""Keys and values in pages of a fixed size, which rows of a batch take and share as they grow (Kwon et al., 2023).
+
+Two arrays per layer, whose shapes are chosen for the tiles of TPU memory; `tensor` splits K:
+
+pages   [P, K, S, 2 H]  page, kv head, slot, and in the lanes the key (rotated) beside the value: a kv head's page is
+                        whole tiles even at H = 64, a page with all its heads is contiguous, and needs one copy
+
+or, quantised to int8,
+
+pages   [P, K, S/4, 2 H]  int32 words of four slots each, the first in the lowest byte: this is how TPU stores int8, and
+                          XLA, which writes single rows of words in place, would copy all pages to write one of bytes
+scales  [P, K, 2, S]      float32, what to multiply the key and the value of a slot by; S % 128 = 0, as lanes are
+
+On CPU pages of bfloat16 are uint16, their bits: there XLA would turn all pages into float32 to read or write a few.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Num
+
+from qwen_jax import sharding
+from qwen_jax.ops.attention import one_kv_head_per_device
+
+SPLIT = P(None, "tensor")  # of pages, scales, and tokens [T, heads, H] where they meet
+Scales = Float[Array, "P K 2 S"]
+
+
+@typing.no_type_check  # at run time: in_specs of shard_map have specs in place of arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of a batch with at most `width` new tokens each, in pages.
+
+    Their tokens, R * width, stand row after row without gaps: only the last row that has any may have fewer than
+    `width`. Rows after it are idle.
+
+    Attributes:
+      lengths: [R], tokens of each row, the new ones included.
+      table: [R, M], the pages of each row's slots in order. Ids of pages that hold no token of a row, and what stands
+        in such pages, are never used.
+      count: how many of the new tokens are real: the first ones.
+      width: see above.
+    """
+
+    lengths: Int[Array, " R"]
+    table: Int[Array, "R M"]
+    count: Int[Array, ""]
+    width: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_rows(self) -> Int[Array, ""]:
+        """Rows that have new tokens."""
+        return -(-self.count // self.width)
+
+    @property
+    def query_starts(self) -> Int[Array, " R1"]:
+        """The first new token of each row, and the end of the last."""
+        return jnp.minimum(jnp.arange(len(self.lengths) + 1, dtype=jnp.int32) * self.width, self.count)
+
+    @property
+    def positions(self) -> Int[Array, " T"]:
+        """The position of each new token in its row; -1 where there is none."""
+        token = jnp.arange(len(self.lengths) * self.width, dtype=jnp.int32).reshape(-1, self.width)
+        position = (self.lengths - self.query_starts[1:])[:, None] + token
+        return jnp.where(token < self.count, position, -1).ravel()
+
+
+def make_pages(
+    num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, dtype: str, *, quantised: bool = False
+) -> tuple[Num[Array, "P K X H2"], Scales | None]:
+    """Pages of zeros on the current mesh, and scales where they are quantised. `dtype` is that of keys and values."""
+    shape = num_pages, kv_heads(num_kv_heads)
+    zeros = lambda *more: lambda dtype: jnp.zeros((*shape, *more), dtype, out_sharding=SPLIT)
+    if quantised:
+        return zeros(page_size // 4, 2 * head_dim)(jnp.int32), zeros(2, page_size)(jnp.float32)
+    bits = dtype == "bfloat16" and sharding.platform() == "cpu"
+    return zeros(page_size, 2 * head_dim)(jnp.uint16 if bits else dtype), None
+
+
+def kv_heads(num_kv_heads: int) -> int:
+    """Heads that pages have: at least one for each device along `tensor`."""
+    ways = sharding.axis_size("tensor")
+    return num_kv_heads if num_kv_heads % ways == 0 else ways
+
+
+def page_size(pages: Num[Array, "P K X H2"], scales: Scales | None) -> int:
+    """Slots of a page."""
+    return pages.shape[2] if scales is None else scales.shape[3]
+
+
+def write(
+    pages: Num[Array, "P K X H2"],
+    k: Float[Array, "T J H"],
+    v: Float[Array, "T J H"],
+    rows: Rows,
+    scales: Scales | None = None,
+) -> tuple[Num[Array, "P K X H2"], Scales | None]:
+    """Pages and scales with the new tokens' keys and values in their slots; in place where both are donated.
+
+    With `scales`, each key and each value is quantised by its own largest magnitude, which becomes 127.
+    """
+    # All tokens first: to split heads where tokens were split would be one exchange too intricate for XLA.
+    whole = P(None, *sharding.activation("kh", k.shape[1:]))
+    k, v = (one_kv_head_per_device(jax.sharding.reshard(x, whole)) for x in (k, v))
+    arguments, specs = (pages, k, v, rows, scales), (SPLIT, SPLIT, SPLIT, P(), SPLIT)
+    local = jax.shard_map(_write, in_specs=specs, out_specs=(SPLIT, SPLIT), check_vma=False)
+    return local(*jax.sharding.reshard(arguments, specs))
+
+
+def _write(pages, k, v, rows, scales):
+    position, size = rows.positions, page_size(pages, scales)
+    row = jnp.repeat(jnp.arange(len(rows.lengths)), rows.width)
+    # A page past the last: such updates are dropped.
+    page = jnp.where(position < 0, len(pages), rows.table[row, position // size])
+    # An index for each row: else XLA on TPU may turn all pages around, to have the heads of a slot side by side.
+    page, heads, slot = page[:, None], jnp.arange(pages.shape[1]), position[:, None] % size
+    if scales is None:
+        update = jnp.concatenate([k, v], axis=-1)
+        if pages.dtype == jnp.uint16:
+            update = jax.lax.bitcast_convert_type(update.astype(jnp.bfloat16), jnp.uint16)
+        return pages.at[page, heads, slot].set(update.astype(pages.dtype), mode="drop"), None
+    (k, key_scale), (v, value_scale) = quantize(k), quantize(v)
+    update = jnp.concatenate([k, v], axis=-1).astype(jnp.int32) & 255
+    # Rows of slots, [P K 2, S], are no other bytes where S = 128. With four axes XLA on TPU may turn these around too.
+    kind = (page * pages.shape[1] + heads)[..., None] * 2 + jnp.arange(2)
+    steps = jnp.stack([key_scale, value_scale], axis=-1)
+    scales = scales.reshape(-1, size).at[kind, slot[..., None]].set(steps, mode="drop").reshape(scales.shape)
+    # Up to four tokens share a word. Each adds what changes its own byte, so their sum is right in any order.
+    word, shift = (page, heads, slot // 4), (slot % 4 * 8)[..., None]
+    change = (update - (pages[word] >> shift & 255)) << shift
+    return pages.at[word].add(change, mode="drop"), scales
+
+
+def quantize(x: Float[Array, "*n H"]) -> tuple[Int[Array, "*n H"], Float[Array, "*n"]]:
+    """int8 `n` and float32 `s` with `|x - n s| <= s / 2`, one `s` per vector."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.abs(wide).max(-1) / 127
+    steps = wide / jnp.where(scale > 0, scale, 1)[..., None]
+    return jnp.round(steps).astype(jnp.int8), scale
+
+
+def fetch(
+    pages: Num[Array, "P K X H2"], scales: Scales | None, ids: Int[Array, "*n M"], dtype: jnp.dtype
+) -> Float[Array, "*n K MS H2"]:
+    """Keys beside values of the slots of these pages, head by head. Every id must be that of a page."""
+    # Gathered head by head: what is one after another for a head is then one matrix.
+    index = ids[..., None, :], jnp.arange(pages.shape[1])[:, None]
+    by_head = lambda x: x.at[index].get(mode="promise_in_bounds")
+    kv = by_head(pages)
+    if kv.dtype == jnp.uint16:
+        kv = jax.lax.bitcast_convert_type(kv, jnp.bfloat16)
+    if scales is not None:
+        split = jnp.moveaxis(jax.lax.bitcast_convert_type(kv, jnp.int8), -1, -2).reshape(
+            *kv.shape[:-2], -1, kv.shape[-1]
+        )
+        steps = jnp.repeat(by_head(scales).swapaxes(-1, -2), kv.shape[-1] // 2, axis=-1)
+        kv = split.astype(jnp.float32) * steps
+    return kv.reshape(*kv.shape[:-3], -1, kv.shape[-1]).astype(dtype)
+
+
+def gather(
+    pages: Num[Array, "P K X H2"], rows: Rows, scales: Scales | None = None, *, dtype: str
+) -> tuple[Float[Array, "R K MS H"], Float[Array, "R K MS H"]]:
+    """Keys and values of each row, one after another; zeros where it has no token."""
+    arguments, specs = (pages, rows, scales), (SPLIT, P(), SPLIT)
+
+    def local(pages, rows, scales):
+        slots = jnp.arange(rows.table.shape[1] * page_size(pages, scales))
+        real = slots < rows.lengths[:, None]
+        ids = jnp.where(real.reshape(*rows.table.shape, -1).any(-1), rows.table, 0)
+        kv = jnp.where(real[:, None, :, None], fetch(pages, scales, ids, jnp.dtype(dtype)), 0)
+        return tuple(jnp.split(kv, 2, axis=-1))
+
+    local = jax.shard_map(local, in_specs=specs, out_specs=(SPLIT, SPLIT), check_vma=False)
+    return local(*jax.sharding.reshard(arguments, specs))
