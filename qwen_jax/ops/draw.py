@@ -62,7 +62,8 @@ def draw(masses: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"
 
     Inverts the distribution function: one random number per row, where the Gumbel trick needs one per token.
     """
-    blocks = jnp.pad(masses, ((0, 0), (0, -masses.shape[1] % BLOCK))).reshape(masses.shape[0], -1, BLOCK)
+    # Two blocks at least: from [1, BLOCK] to [1, 1, BLOCK], JAX forgets how the batch was split.
+    blocks = jnp.pad(masses, ((0, 0), (0, -masses.shape[1] % (2 * BLOCK)))).reshape(masses.shape[0], -1, BLOCK)
     sums = blocks.sum(axis=-1)
     target = jax.vmap(jax.random.uniform)(keys) * sums.sum(axis=-1)
     block, rest = _fall(sums, target)

@@ -217,11 +217,10 @@ def masses(logits: Float[Array, "B V"], stages: Stages) -> Float[Array, "B V"]:
 
 def _choosable(size: int, num_tokens: int, allowed: UInt[Array, "B W"] | None = None) -> Bool[Array, "..."]:
     """Which of `size` ids are those of tokens that may be chosen: [size], or [B, size] with `allowed`."""
+    ids = jnp.arange(size, dtype=jnp.uint32)
     if allowed is None:
-        return jnp.arange(size) < num_tokens
-    bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    bits = bits.reshape(allowed.shape[0], -1)[:, :num_tokens]
-    return jnp.pad(bits, ((0, 0), (0, size - num_tokens))) > 0
+        return ids < num_tokens
+    return (ids < num_tokens) & ((allowed[:, ids // 32] >> ids % 32) & 1 == 1)
 
 
 def _pad_biases(
