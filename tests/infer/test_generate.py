@@ -146,6 +146,8 @@ def test_interruption_keeps_what_was_made(command, tmp_path, monkeypatch):
         (["--prompt", "a", "--min-p", "2"], 2, "min_p=2.0 must be"),
         (["--prompt", "a", "--top-k", "-3"], 2, "top_k=-3 must not be negative"),
         (["--prompt", "a", "--repetition-penalty", "0"], 2, "repetition_penalty=0.0 must be above 0"),
+        (["--prompt", "a", "--presence-penalty", "3"], 2, "presence_penalty=3.0 must be between -2 and 2"),
+        (["--prompt", "a", "--frequency-penalty", "-3"], 2, "frequency_penalty=-3.0 must be between -2 and 2"),
         (["--prompt", "a", "--stop", ""], 2, "stop string must not be empty"),
         (["--prompt", "a", "--max-new-tokens", "0"], 2, "--max-new-tokens: 0 must be 1 or more"),
         (["--prompt", "a", "--seed", "-1"], 2, "--seed: -1 must be 0 or more"),

@@ -47,6 +47,10 @@ def test_a_model_without_files_has_no_defaults_and_ends_at_end_of_text():
             {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.05},
             {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.05},
         ),
+        (
+            {"presence_penalty": 1.5, "frequency_penalty": None},
+            {"temperature": 0, "top_k": 50, "presence_penalty": 1.5},
+        ),
     ],
 )
 def test_defaults_are_those_of_generate(fields, defaults):
