@@ -5,6 +5,7 @@ request     what is asked for, and what comes of it
 scheduler   which rows a step computes
 pages       which pages of the cache are whose
 steps       what is compiled
+speculative guesses at tokens, which a step of the model checks
 completion  text as it is made, up to a token or a string that ends it
 stop        stop strings in text that arrives in pieces
 checkpoint  an engine from a model on disk
@@ -14,6 +15,7 @@ from qwen_jax.engine.checkpoint import load
 from qwen_jax.engine.completion import Completion, generate
 from qwen_jax.engine.engine import Capacity, Engine, Stats
 from qwen_jax.engine.request import Constraint, FinishReason, Request, Token
+from qwen_jax.engine.speculative import DraftModel, PromptLookup
 from qwen_jax.engine.stop import StopStrings
 from qwen_jax.ops.sampling import Sampling
 from qwen_jax.ops.vertical_slash import VerticalSlash
@@ -25,6 +27,8 @@ __all__ = [
     "Stats",
     "load",
     "VerticalSlash",
+    "PromptLookup",
+    "DraftModel",
     # What is asked of it, and what comes of that
     "Request",
     "Sampling",

@@ -16,7 +16,8 @@ from qwen_jax import sharding
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.pages import Pages
 from qwen_jax.engine.request import Request, Token
-from qwen_jax.engine.scheduler import Piece, Row, Scheduler
+from qwen_jax.engine.scheduler import Row, Scheduler
+from qwen_jax.engine.speculative import Drafter, DraftModel, PromptLookup
 from qwen_jax.engine.steps import Choice, Chosen, Inputs, choose, compute, remember
 from qwen_jax.errors import DataError
 from qwen_jax.model import Params, make_cache
@@ -78,12 +79,24 @@ class Stats:
     steps: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Flight:
-    """A step that was launched: the row of each of the tokens that it makes, None where nobody wants one."""
+    """A step that was launched, and what it makes.
 
-    rows: list[Row | None]
-    chosen: Chosen
+    Attributes:
+      rows: those that decode, in the order of the tokens that are made.
+      usable: for each of them, how many guesses after its first token may be kept.
+      guesses: [R, width - 1].
+      ending: the row whose prompt ends in this step, which makes the token number `index`; None for none.
+      chosen: the tokens; None if none are made.
+    """
+
+    rows: Sequence[Row] = ()
+    usable: Sequence[int] = ()
+    guesses: Any = None
+    ending: Row | None = None
+    index: int = 0
+    chosen: Chosen | None = None
 
 
 class Engine:
@@ -104,6 +117,7 @@ class Engine:
         mesh: Mesh,
         capacity: Capacity = Capacity(),
         sparse: VerticalSlash | None = None,
+        speculate: PromptLookup | DraftModel | None = None,
     ) -> None:
         """
         Args:
@@ -114,6 +128,7 @@ class Engine:
           capacity: how much is done at a time.
           sparse: how prompts above its threshold are taken in, whole; None for full attention, which is what the model
             computes.
+          speculate: how tokens are guessed beforehand, which changes none of them; None for not at all.
         """
         self.config, self.mesh = config, mesh
         self._params, self._num_tokens, self._sparse, self._capacity = params, num_tokens, sparse, capacity
@@ -129,6 +144,12 @@ class Engine:
             self._cache = make_cache(config, num_pages, size, int8=capacity.int8)
             # One more than there are rows: the place of whatever nobody asked for.
             self._last = jnp.zeros(capacity.max_rows + 1, jnp.int32)
+            self._drafter = (
+                Drafter(speculate, num_pages=num_pages, page_size=size, num_tokens=num_tokens)
+                if isinstance(speculate, DraftModel)
+                else None
+            )
+        self._speculate = speculate
         self._seen: Seen | None = None
         self._flight: _Flight | None = None
         self._early: list[Token] = []
@@ -171,6 +192,9 @@ class Engine:
         outside = next((token for token in request.prompt if not 0 <= token < self._num_tokens), None)
         if outside is not None:
             raise DataError(f"the prompt has the token {outside}; ids from 0 to {self._num_tokens - 1} are wanted")
+        outside = next((token for token, _ in request.sampling.logit_bias if token >= self._num_tokens), None)
+        if outside is not None:
+            raise DataError(f"logit_bias has the token {outside}; ids from 0 to {self._num_tokens - 1} are wanted")
         number, self._num_requests = self._num_requests, self._num_requests + 1
         sparse = self._sparse is not None and length > self._sparse.threshold
         row = Row(request, number, None if sparse else kind(self.config.rope, length), list(request.prompt))
@@ -195,10 +219,10 @@ class Engine:
     def step(self) -> list[Token]:
         """Launches the next step, and gives the tokens of the one before: the device never waits for the host.
 
-        Where a grammar must know its last token first, this step's come one call later.
+        Where guesses and grammars must know the last tokens first, the next step waits for them.
         """
         made, self._early = self._early, []
-        if any(row.request.constraint for row in self._scheduler):
+        if self._speculate or any(row.request.constraint for row in self._scheduler):
             made += self._collect()
             self._flight = self._launch()
         else:
@@ -208,26 +232,36 @@ class Engine:
         return made
 
     def _launch(self) -> _Flight | None:
-        plan = self._scheduler.plan()
+        ahead = self._speculate.num_guesses if self._speculate else 0
+        # Every row has room to look ahead, or none does.
+        ahead = 0 if any(row.target + ahead > self.max_length for row in self._scheduler) else ahead
+        plan = self._scheduler.plan(ahead)
         if plan is None:
             return None
         self._steps += 1
         with jax.set_mesh(self.mesh):
             inputs, ends = self._inputs(plan.rows, plan.piece)
+            guesses, usable = None, [0] * len(plan.rows)
+            if self._speculate:
+                inputs, guesses, usable = self._look_ahead(inputs, plan.rows, ahead)
             sparse = self._sparse if plan.piece and plan.piece.row.kind is None else None
             scores, self._cache = compute(
                 self.config, self._params, self._cache, self._last, inputs, ends=ends, sparse=sparse
             )
-            ending = plan.piece.row if plan.piece and plan.piece.last else None
             if plan.piece:
                 self._scheduler.publish(plan.piece.row)
+            ending = plan.piece.row if plan.piece and plan.piece.last else None
             if not plan.rows and ending is None:
-                return _Flight([], Chosen(self._last))
-            rows: list[Row | None] = [*plan.rows, *[None] * (len(scores) - len(plan.rows))]
+                return _Flight()
+            width = 1 if guesses is None else 1 + guesses.shape[1]
+            wanted: list[tuple[Row, int] | None] = [(row, i) for row in plan.rows for i in range(width)]
+            wanted += [None] * (len(scores) - len(wanted))
+            index = len(scores) - ends
             if ending is not None:
-                rows[len(scores) - ends] = ending
+                wanted[index] = ending, 0
                 self._remember(ending)
-            return _Flight(rows, self._choose(scores, rows))
+            chosen = self._choose(scores, wanted)
+        return _Flight(rows=plan.rows, usable=usable, guesses=guesses, ending=ending, index=index, chosen=chosen)
 
     def _inputs(self, rows: Sequence[Row], piece: Piece | None) -> tuple[Inputs, int]:
         """What the model takes in, and how many rows of logits the piece has."""
@@ -251,6 +285,33 @@ class Engine:
             given["prompts"] = np.array(prompts, np.int32)
         return Inputs(**given), self._least if piece else 0
 
+    def _look_ahead(
+        self, inputs: Inputs, rows: Sequence[Row], ahead: int
+    ) -> tuple[Inputs, jax.Array | np.ndarray | None, Sequence[int]]:
+        """The inputs with guesses at what follows the rows, the guesses, and how many of each row's may be kept."""
+        count, usable = 0, [0] * len(rows)
+        guesses = None
+        if rows:
+            count = len(inputs.rows.lengths)
+            known = np.zeros((count, 1), np.int32)
+            known[: len(rows), 0] = [row.tokens[-1] for row in rows]
+            inputs = dataclasses.replace(inputs, known=known)
+            # Where what is chosen depends on the tokens before it, they are made one by one.
+            free = [not (row.request.constraint or row.request.sampling.needs_seen) for row in rows]
+            usable = [
+                min(ahead, row.request.max_new_tokens - row.made) * ok for row, ok in zip(rows, free, strict=True)
+            ]
+        if any(usable) and isinstance(self._speculate, PromptLookup):
+            guesses, usable = self._speculate.guess([row.tokens for row in rows], usable, count)
+        elif any(usable) and self._drafter:
+            wanted = [(row, 0) if most else None for row, most in zip(rows, usable, strict=True)]
+            guesses = self._drafter.guess(inputs, self._choice([*wanted, *[None] * (count - len(rows))]))
+        if self._drafter:
+            self._drafter.follow(inputs if guesses is None else inputs.without_rows())
+        if guesses is not None:
+            inputs = inputs.with_guesses(guesses, len(rows))
+        return inputs, guesses, usable
+
     def _bucket(self, size: int, least: int, most: int) -> int:
         """The first of `least`, four times that and so on which is at least `size`, but not above what `most` needs."""
         steps = max(0, math.ceil(math.log(size / least, _STEP) - 1e-9))
@@ -264,31 +325,35 @@ class Engine:
         padded = np.array([*lengths, *[0] * (count - len(rows))], np.int32)
         return Rows(lengths=padded, table=table, count=np.int32(len(rows) * new), width=width)
 
-    def _choose(self, scores: jax.Array, rows: Sequence[Row | None]) -> Chosen:
-        requests = [row and row.request for row in rows]
-        nobody = self._capacity.max_rows
-        stages = Stages.of([request.sampling if request else _IDLE for request in requests])
-        allowed = None
-        if any(request and request.constraint for request in requests):
-            allowed = np.full((len(rows), -(-self._num_tokens // 32)), 2**32 - 1, np.uint32)
-            for words, request in zip(allowed, requests, strict=True):
-                if request and request.constraint:
-                    words[:] = request.constraint.mask()
-        choice = Choice(
-            places=np.array([row.place if row else nobody for row in rows], np.int32),
-            seeds=np.array([request.seed if request else 0 for request in requests], np.uint32),
-            rows=np.array([request.row if request else 0 for request in requests], np.uint32),
-            positions=np.array([row.length if row else 0 for row in rows], np.int32),
-            stages=stages,
-            allowed=allowed,
-        )
-        asked = [request.logprobs for request in requests if request and request.logprobs is not None]
-        seen = self._seen if stages.needs_seen else None
+    def _choose(self, scores: jax.Array, wanted: Sequence[tuple[Row, int] | None]) -> Chosen:
+        """The tokens after rows of logits: each the one that stands so far after the next of a row, or nobody's."""
+        choice = self._choice(wanted)
+        requests = [of[0].request for of in wanted if of]
+        if any(request.constraint for request in requests):
+            allowed = np.full((len(wanted), -(-self._num_tokens // 32)), 2**32 - 1, np.uint32)
+            for words, of in zip(allowed, wanted, strict=True):
+                if of and of[0].request.constraint:
+                    words[:] = of[0].request.constraint.mask()
+            choice = dataclasses.replace(choice, allowed=allowed)
+        asked = [request.logprobs for request in requests if request.logprobs is not None]
+        seen = self._seen if choice.stages.needs_seen else None
         chosen, self._last, seen = choose(
             scores, self._last, seen, choice, num_tokens=self._num_tokens, top=_top(max(asked)) if asked else None
         )
         self._seen = self._seen if seen is None else seen
         return chosen
+
+    def _choice(self, wanted: Sequence[tuple[Row, int] | None]) -> Choice:
+        requests = [of and of[0].request for of in wanted]
+        # Only what follows the last token is made for certain.
+        places = [of[0].place if of and not of[1] else self._capacity.max_rows for of in wanted]
+        return Choice(
+            places=np.array(places, np.int32),
+            seeds=np.array([request.seed if request else 0 for request in requests], np.uint32),
+            rows=np.array([request.row if request else 0 for request in requests], np.uint32),
+            positions=np.array([of[0].length + of[1] if of else 0 for of in wanted], np.int32),
+            stages=Stages.of([request.sampling if request else _IDLE for request in requests]),
+        )
 
     def _remember(self, row: Row) -> None:
         """Has the device count the tokens of a row from here on, if anything looks at them."""
@@ -306,12 +371,20 @@ class Engine:
     def _collect(self) -> list[Token]:
         """The tokens of the step that was launched last."""
         flight, self._flight = self._flight, None
-        if flight is None or not flight.rows:
+        if flight is None or flight.chosen is None:
             return []
-        chosen = jax.device_get(flight.chosen)
-        return [
-            self._emit(row, index, chosen) for index, row in enumerate(flight.rows) if row is not None and not row.done
-        ]
+        chosen, guesses = jax.device_get((flight.chosen, flight.guesses))
+        made, width = [], 1 if guesses is None else 1 + guesses.shape[1]
+        for index, (row, usable) in enumerate(zip(flight.rows, flight.usable, strict=True)):
+            for ahead in range(usable + 1):
+                if row.done or (ahead and guesses[index, ahead - 1] != row.tokens[-1]):
+                    break
+                if ahead:
+                    row.made, row.length = row.made + 1, row.length + 1
+                made.append(self._emit(row, index * width + ahead, chosen))
+        if flight.ending is not None and not flight.ending.done:
+            made.append(self._emit(flight.ending, flight.index, chosen))
+        return made
 
     def _emit(self, row: Row, index: int, chosen: Chosen) -> Token:
         """A row's next token, with which it may be done."""
@@ -334,7 +407,9 @@ class Engine:
             del self._requests[row.number]
         if request.logprobs is None or chosen.logprobs is None:
             return Token(row.number, token, reason)
-        top = [] if not request.logprobs else zip(chosen.top_ids[index].tolist(), chosen.top[index].tolist(), strict=True)
+        top = (
+            [] if not request.logprobs else zip(chosen.top_ids[index].tolist(), chosen.top[index].tolist(), strict=True)
+        )
         return Token(row.number, token, reason, float(chosen.logprobs[index]), list(top)[: request.logprobs])
 
 

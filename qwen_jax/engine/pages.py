@@ -11,7 +11,6 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
-
 # What a page holds: what came before it, or the kind of row at the first page, and its tokens.
 Key = tuple[Hashable, tuple[int, ...]]
 

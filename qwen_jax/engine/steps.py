@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key, UInt
 
@@ -22,15 +24,17 @@ from qwen_jax.ops.sampling import Seen, Stages, logprobs, sample
 from qwen_jax.ops.vertical_slash import VerticalSlash
 
 
+@typing.no_type_check  # at run time: the host makes them of NumPy's arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
     """What a step of the model takes in: the last tokens of some rows, a piece of a prompt, or both.
 
     Attributes:
-      rows: the rows that decode, [R] or, ahead of what is known, `rows.width` tokens each; None for none.
+      rows: the rows that decode; None for none.
       places: [R], which of the engine's rows they are; idle ones have a place that no row has.
-      drafts: [R, width - 1], what may follow their last tokens; None where the width is one.
+      known: [R, width], their tokens, where the host knows the last ones and guesses at more; None for the last ones,
+        as they are on the device.
       piece: the row whose prompt a piece is of; None for none.
       tokens: [C], the piece, padded.
       prompts: [T], tokens of the prompt of each token's row, where they matter; None elsewhere.
@@ -38,12 +42,43 @@ class Inputs:
 
     rows: Rows | None = None
     places: Int[Array, " R"] | None = None
-    drafts: Int[Array, "R W1"] | None = None
+    known: Int[Array, "R W"] | None = None
     piece: Rows | None = None
     tokens: Int[Array, " C"] | None = None
     prompts: Int[Array, " T"] | None = None
 
+    def whole(self, last: Int[Array, " places"]) -> tuple[Int[Array, " T"], tuple[Rows, ...]]:
+        """All the tokens, one group of rows after another, and the groups; `last` are the last tokens of all places."""
+        tokens, groups = [], []
+        if self.rows is not None:
+            tokens.append(last[self.places] if self.known is None else self.known.reshape(-1))
+            groups.append(self.rows)
+        if self.piece is not None:
+            tokens.append(self.tokens)
+            groups.append(self.piece)
+        return jnp.concatenate(tokens), tuple(groups)
 
+    def with_guesses(self, guesses: Int[Array, "R ahead"], num_rows: int) -> Inputs:
+        """The same with tokens that may follow the `known` of rows, of which the first `num_rows` are not idle."""
+        ahead, prompts, count = guesses.shape[1], self.prompts, len(self.rows.lengths)
+        rows = dataclasses.replace(
+            self.rows,
+            lengths=self.rows.lengths + np.int32(ahead),
+            count=np.int32(num_rows * (1 + ahead)),
+            width=1 + ahead,
+        )
+        if prompts is not None:
+            prompts = np.concatenate([np.repeat(prompts[:count], 1 + ahead), prompts[count:]])
+        known = jnp.concatenate([self.known, guesses], axis=1)
+        return dataclasses.replace(self, rows=rows, known=known, prompts=prompts)
+
+    def without_rows(self) -> Inputs:
+        """The piece alone."""
+        prompts = self.prompts if self.rows is None or self.prompts is None else self.prompts[len(self.rows.lengths) :]
+        return Inputs(piece=self.piece, tokens=self.tokens, prompts=prompts)
+
+
+@typing.no_type_check  # at run time: the host makes them of NumPy's arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -65,6 +100,7 @@ class Choice:
     allowed: UInt[Array, "S words"] | None = None
 
 
+@typing.no_type_check  # and reads them so
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chosen:
@@ -87,19 +123,10 @@ def compute(
     ends: int,
     sparse: VerticalSlash | None = None,
 ) -> tuple[Float[Array, "S V"], Cache]:
-    """The logits after every token of the rows, and `ends` times those after the piece; and the cache with all of it."""
-    tokens, groups = [], []
-    if inputs.rows is not None:
-        columns = last[inputs.places][:, None]
-        if inputs.drafts is not None:
-            columns = jnp.concatenate([columns, inputs.drafts], axis=1)
-        tokens.append(columns.reshape(-1))
-        groups.append(inputs.rows)
-    if inputs.piece is not None:
-        tokens.append(inputs.tokens)
-        groups.append(inputs.piece)
-    batch = Batch(rows=tuple(groups), prompts=inputs.prompts)
-    hidden, cache = forward_cached(config, params, jnp.concatenate(tokens), batch, cache, sparse=sparse)
+    """The logits after every token of the rows, then `ends` times those after the piece; and the cache with it all."""
+    tokens, groups = inputs.whole(last)
+    batch = Batch(rows=groups, prompts=inputs.prompts)
+    hidden, cache = forward_cached(config, params, tokens, batch, cache, sparse=sparse)
     hidden = jax.sharding.reshard(hidden, P(None, None))
     if inputs.piece is not None:
         decoded = len(hidden) - len(inputs.tokens)
@@ -143,9 +170,7 @@ def choose(
 
 
 @functools.partial(jax.jit, donate_argnames=("seen",))
-def remember(
-    seen: Seen, place: Int[Array, ""], prompt: Int[Array, " V"], generated: Int[Array, " V"]
-) -> Seen:
+def remember(seen: Seen, place: Int[Array, ""], prompt: Int[Array, " V"], generated: Int[Array, " V"]) -> Seen:
     """The statistics with those of a row that begins, or goes on, at `place`: how often each token is in it."""
     return Seen(
         prompt=seen.prompt.at[place].set(prompt > 0),

@@ -62,7 +62,11 @@ class Attention(nn.Module):
         return scaling.chunk if isinstance(scaling, DualChunk) else None
 
     def _attend(
-        self, queries: tuple[Float[Array, "B T N H"], ...], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Mask
+        self,
+        queries: tuple[Float[Array, "B T N H"], ...],
+        k: Float[Array, "B K S H"],
+        v: Float[Array, "B K S H"],
+        mask: Mask,
     ) -> Float[Array, "B T N H"]:
         """The attention that the config asks for, among the tokens themselves."""
         if self._chunk:
@@ -86,7 +90,9 @@ class Attention(nn.Module):
             pages, scales = paged.write(pages, k[own], v[own], rows, scales)
             q, s = (tuple(x[own] for x in group) for group in (queries, search))
             if self.sparse and rows.width > 1:
-                found.append(self._sparsely(q, s, *paged.gather(pages, rows, scales, dtype=self.config.dtype), own, batch))
+                found.append(
+                    self._sparsely(q, s, *paged.gather(pages, rows, scales, dtype=self.config.dtype), own, batch)
+                )
                 continue
             how = dict(scales=scales, window=batch.window, chunk=self._chunk)
             found.append(attend(q, pages, rows, **how, implementation=self.implementation))

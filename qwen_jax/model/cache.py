@@ -65,7 +65,5 @@ def make_cache(config: ModelConfig, num_pages: int, page_size: int, *, int8: boo
     """
     if int8 and page_size % 128:
         raise ValueError(f"pages of int8 have a multiple of 128 tokens, not {page_size}")
-    layer = lambda: make_pages(
-        num_pages, config.num_kv_heads, page_size, config.head_dim, config.dtype, quantised=int8
-    )
+    layer = lambda: make_pages(num_pages, config.num_kv_heads, page_size, config.head_dim, config.dtype, quantised=int8)
     return Cache(tuple(LayerCache(*layer()) for _ in range(config.num_layers)))

@@ -84,7 +84,9 @@ class Qwen(nn.Module):
             for i in range(c.num_layers):
                 window = jnp.int32(c.windows[i]) if c.windows and c.windows[i] else None
                 layer = None if cache is None else cache.layers[i]
-                x, (layer, load) = block(c, self.attention, self.sparse, name=f"layers_{i}")(x, window, layer, turn, mask)
+                x, (layer, load) = block(c, self.attention, self.sparse, name=f"layers_{i}")(
+                    x, window, layer, turn, mask
+                )
                 filled.append(layer)
                 loads.append(load)
             cache = None if cache is None else Cache(tuple(filled))
@@ -219,9 +221,7 @@ def forward_with_load(
     return hidden, load
 
 
-def _apply(
-    module: Qwen, params: Params, *arguments: Any, **cached: Any
-) -> tuple[Array, Cache | None, Load | None]:
+def _apply(module: Qwen, params: Params, *arguments: Any, **cached: Any) -> tuple[Array, Cache | None, Load | None]:
     return cast(Any, module.apply({"params": params}, *arguments, **cached))
 
 

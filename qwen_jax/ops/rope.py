@@ -154,11 +154,11 @@ def _alpha(lengths: Int[Array, "B 1"], original: int) -> Float[Array, "B 1"]:
 
 
 def kind(rope: Rope, length: int) -> int:
-    """A number that rows have in common if, for prompts of their lengths, equal tokens at equal positions turn alike."""
+    """A number that rows share if, for prompts of their lengths, equal tokens at equal positions turn alike."""
     match rope.scaling:
         case QwenNTK(original_positions=original):
             return (-(-length // original) - 1).bit_length()
-        case (DynamicNTK(original_positions=original) | DualChunk(original_positions=original)) if rope.by_length:
+        case DynamicNTK(original_positions=original) | DualChunk(original_positions=original) if rope.by_length:
             return length if length > original else 0
     return 0
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax.engine import Completion, Sampling, generate
+from qwen_jax.engine import Completion, Request, Token, generate
+from qwen_jax.errors import NumericalError
 from qwen_jax.text import train_bpe
 
 TOKENIZER = train_bpe(["low lower lowest, newer newest wider. " * 3], vocab_size=276)
@@ -15,24 +15,38 @@ END = TOKENIZER.end_of_text
 
 
 class Scripted:
-    """An engine whose rows say what they were told to."""
+    """An engine whose requests are answered with what it was told, one token each per step."""
 
     def __init__(self, *rows):
         self.rows = rows
         self.steps = 0
+        self.requests = {}
 
-    def decode(self, prompts, sampling, *, seed, rows, max_new_tokens):
-        for column in np.array(self.rows, np.int32).T[:max_new_tokens]:
-            self.steps += 1
-            yield column
+    def add(self, request):
+        self.requests[len(self.requests)] = request
+        return len(self.requests) - 1
+
+    def cancel(self, number):
+        self.requests.pop(number, None)
+
+    def step(self):
+        self.steps += 1
+        made = []
+        for number, request in list(self.requests.items()):
+            token = self.rows[number][self.steps - 1]
+            reason = "stop" if token in request.stop_ids else None
+            if reason is None and self.steps == min(request.max_new_tokens, len(self.rows[number])):
+                reason = "length"
+            made.append(Token(number, token, reason))
+            if reason:
+                del self.requests[number]
+        return made
 
 
-def completed(engine, *, stop_ids=(END,), stops=(), max_new_tokens=100, show=lambda index, piece: None):
+def completed(engine, *, stop_ids=(END,), stops=(), max_new_tokens=100, show=lambda *a: None, done=lambda index: None):
     completions = [Completion(TOKENIZER, stop_ids, stops) for _ in engine.rows]
-    generate(
-        engine, [[1]] * len(completions), completions, Sampling(), seed=0, rows=range(len(completions)),
-        max_new_tokens=max_new_tokens, show=show,
-    )  # fmt: skip
+    request = Request(prompt=[1], max_new_tokens=max_new_tokens, stop_ids=frozenset(stop_ids))
+    generate(engine, [request] * len(completions), completions, show=show, done=done)
     return completions
 
 
@@ -67,7 +81,9 @@ def test_finished_rows_say_no_more_and_the_last_one_ends_it():
     def show(index, piece):
         pieces[index] += piece
 
-    short, long = completed(engine, show=show)
+    ended = []
+    short, long = completed(engine, show=show, done=ended.append)
+    assert ended == [0, 1]
     assert (short.text, long.text) == ("low", "newer lower") == (pieces[0], pieces[1])
     assert (short.num_tokens, long.num_tokens) == tuple(len(TOKENIZER.encode(t)) + 1 for t in ("low", "newer lower"))
     assert engine.steps == long.num_tokens
@@ -108,4 +124,18 @@ def test_the_engine_is_left_at_once_when_interrupted():
     engine = Scripted(padded("newer", 9))
     with pytest.raises(KeyboardInterrupt):
         completed(engine, show=interrupt)
-    assert engine.steps == 1
+    assert engine.steps == 1 and not engine.requests
+
+
+def test_a_row_that_ends_at_a_string_is_cancelled():
+    engine = Scripted(padded("newer lower", 20), padded("wider", 5))
+    (first, second) = completed(engine, stops=["lo"])
+    assert (first.text, second.text) == ("newer ", "wider") and engine.steps <= len(TOKENIZER.encode("newer lower"))
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    engine = Scripted([-1])
+    engine.step = lambda: [Token(0, -1, "error")]
+    with pytest.raises(NumericalError, match="not finite"):
+        completed(engine)
+    assert not engine.requests

@@ -91,9 +91,7 @@ def test_packed_documents_equal_separate_ones(mesh, attention, scan, changes):
     segments = np.repeat(np.arange(1, 4), lengths)[None].astype(np.int32)
 
     def loss_packed(params):
-        hidden = hidden_states(
-            config, params, packed, positions, segments=jnp.asarray(segments), attention=attention
-        )
+        hidden = hidden_states(config, params, packed, positions, segments=jnp.asarray(segments), attention=attention)
         return (jnp.sin(hidden) ** 3).sum(), hidden
 
     def loss_separate(params):

@@ -9,12 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax import sharding
-from qwen_jax.errors import ConfigError
-from qwen_jax.ops.dual_chunk import dual_chunk_attention
-from qwen_jax.ops.mask import Mask
 from qwen_jax.ops.paged_attention import attend
-from qwen_jax.ops.pages import Rows, gather, make_pages, write
+from qwen_jax.ops.pages import Rows, make_pages, write
 
 # Same sums in another order, in float32.
 ROUNDING = dict(rtol=2e-5, atol=1e-5)
@@ -42,7 +38,7 @@ def group(name, size=SIZE):
 
 def whole(rows):
     """The same rows, all of whose tokens are new."""
-    slots, size = 768, 768 // rows.table.shape[1]
+    slots = 768
     for row in range(len(rows.lengths)):
         yield Rows(lengths=rows.lengths[row, None], table=rows.table[row, None], count=rows.lengths[row], width=slots)
 

@@ -13,8 +13,8 @@ from qwen_jax import model
 from qwen_jax.config import DynamicNTK, Linear, Rope, Score, Yarn
 from qwen_jax.ops.rope import frequencies
 from qwen_jax.weights import hf, hf_config
-from tests.conftest import tiny_config
 from tests import paged
+from tests.conftest import tiny_config
 from tests.published import assert_close, logits_of_rows, tree_of
 
 torch = pytest.importorskip("torch", reason="the oracle: pip install -e '.[parity]'")
