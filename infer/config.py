@@ -84,7 +84,7 @@ class Chat(Options):
     load: Path | None
 
 
-# Tokens that there is room for unless more is asked for: pages for all positions of some models are more than a device has.
+# Tokens that there is room for unless more is asked for: some models have more positions than a device has memory.
 DEFAULT_LENGTH = 32768
 
 EXIT_CODES = (

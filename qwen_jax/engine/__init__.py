@@ -4,6 +4,7 @@ engine      requests in, tokens out, many rows at a time
 request     what is asked for, and what comes of it
 scheduler   which rows a step computes
 pages       which pages of the cache are whose
+packing     rows as arrays of few shapes
 steps       what is compiled
 speculative guesses at tokens, which a step of the model checks
 completion  text as it is made, up to a token or a string that ends it
@@ -13,7 +14,8 @@ checkpoint  an engine from a model on disk
 
 from qwen_jax.engine.checkpoint import load
 from qwen_jax.engine.completion import Completion, generate
-from qwen_jax.engine.engine import Capacity, Engine, Stats
+from qwen_jax.engine.engine import Engine, Stats
+from qwen_jax.engine.packing import Capacity
 from qwen_jax.engine.request import Constraint, FinishReason, Request, Token
 from qwen_jax.engine.speculative import DraftModel, PromptLookup
 from qwen_jax.engine.stop import StopStrings

@@ -8,7 +8,8 @@ import jax
 from jax.sharding import Mesh
 
 from qwen_jax.config import DType
-from qwen_jax.engine.engine import Capacity, Engine
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.packing import Capacity
 from qwen_jax.errors import ModelError
 from qwen_jax.ops.vertical_slash import VerticalSlash
 from qwen_jax.text import Tokenizer
@@ -21,8 +22,8 @@ def load(
     tokenizer: Tokenizer,
     *,
     mesh: Mesh,
+    capacity: Capacity,
     dtype: DType | None = None,
-    capacity: Capacity = Capacity(),
     sparse: VerticalSlash | None = None,
 ) -> Engine:
     """The engine of a model.
@@ -31,8 +32,8 @@ def load(
       model: from `weights.source.open_model`.
       tokenizer: the model's own, `model.tokenizer()`, which prompts are encoded with.
       mesh: the devices to run on.
-      dtype: type of parameters and computation; None for the one the model was trained to compute in.
       capacity: how much the engine does at a time.
+      dtype: type of parameters and computation; None for the one the model was trained to compute in.
       sparse: how long prompts are taken in; None for full attention.
 
     Raises FileError or ModelError.

@@ -14,45 +14,17 @@ from jax.sharding import Mesh
 
 from qwen_jax import sharding
 from qwen_jax.config import ModelConfig
+from qwen_jax.engine.packing import Capacity, Packing, Wanted, allowed
 from qwen_jax.engine.pages import Pages
-from qwen_jax.engine.request import Request, Token
+from qwen_jax.engine.request import MAX_LOGPROBS, Request, Token
 from qwen_jax.engine.scheduler import Row, Scheduler
 from qwen_jax.engine.speculative import Drafter, DraftModel, PromptLookup
-from qwen_jax.engine.steps import Choice, Chosen, Inputs, choose, compute, remember
+from qwen_jax.engine.steps import Chosen, Inputs, choose, compute, remember
 from qwen_jax.errors import DataError
 from qwen_jax.model import Params, make_cache
-from qwen_jax.ops.pages import Rows
 from qwen_jax.ops.rope import kind
-from qwen_jax.ops.sampling import Sampling, Seen, Stages
+from qwen_jax.ops.sampling import Seen
 from qwen_jax.ops.vertical_slash import VerticalSlash
-
-# Numbers of rows and lengths of pieces are rounded up to these steps, so that few shapes are ever compiled.
-_STEP = 4
-_SHORTEST = 32
-
-_IDLE = Sampling(temperature=0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Capacity:
-    """How much the engine does at a time.
-
-    Attributes:
-      max_rows: requests that run together; more wait.
-      max_length: tokens of a request at most, its prompt and what follows; None for what the model has positions for.
-      cache_tokens: tokens that the cache has room for; None for `max_rows` requests of `max_length` tokens each.
-      page_size: tokens of a page, the unit in which rows take room and share what they have in common; with int8 a
-        multiple of 128.
-      chunk: tokens of a prompt that one step takes in.
-      int8: whether keys and values are kept in int8, with a scale for each.
-    """
-
-    max_rows: int = 8
-    max_length: int | None = None
-    cache_tokens: int | None = None
-    page_size: int = 32
-    chunk: int = 512
-    int8: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +87,7 @@ class Engine:
         *,
         num_tokens: int,
         mesh: Mesh,
-        capacity: Capacity = Capacity(),
+        capacity: Capacity,
         sparse: VerticalSlash | None = None,
         speculate: PromptLookup | DraftModel | None = None,
     ) -> None:
@@ -131,16 +103,16 @@ class Engine:
           speculate: how tokens are guessed beforehand, which changes none of them; None for not at all.
         """
         self.config, self.mesh = config, mesh
-        self._params, self._num_tokens, self._sparse, self._capacity = params, num_tokens, sparse, capacity
+        self._params, self._num_tokens, self._sparse = params, num_tokens, sparse
         self.max_length = min(capacity.max_length or config.max_position, config.max_position)
         size = capacity.page_size
-        self._width = -(-self.max_length // size)
+        width = -(-self.max_length // size)
         num_pages = -(-(capacity.cache_tokens or capacity.max_rows * self.max_length) // size)
         self.max_length = min(self.max_length, num_pages * size)
         self._scheduler = Scheduler(Pages(num_pages, size), max_rows=capacity.max_rows, chunk=capacity.chunk)
         with jax.set_mesh(mesh):
             # XLA on CPU multiplies one row of bfloat16 some ten times slower than two.
-            self._least = math.lcm(sharding.axis_size(sharding.BATCH), 2 if config.dtype == "bfloat16" else 1)
+            least = math.lcm(sharding.axis_size(sharding.BATCH), 2 if config.dtype == "bfloat16" else 1)
             self._cache = make_cache(config, num_pages, size, int8=capacity.int8)
             # One more than there are rows: the place of whatever nobody asked for.
             self._last = jnp.zeros(capacity.max_rows + 1, jnp.int32)
@@ -149,6 +121,8 @@ class Engine:
                 if isinstance(speculate, DraftModel)
                 else None
             )
+        lengths = config.rope.by_length or sparse is not None
+        self._packing = Packing(capacity=capacity, width=width, least=least, prompts=lengths)
         self._speculate = speculate
         self._seen: Seen | None = None
         self._flight: _Flight | None = None
@@ -211,7 +185,7 @@ class Engine:
             self._scheduler.finish(row)
 
     def swap(self, params: Params) -> None:
-        """Goes on with other weights of the same shapes. Requests on their way are computed again up to where they are."""
+        """Goes on with other weights of the same shapes. What requests have so far is computed anew."""
         self._early += self._collect()
         self._params = params
         self._scheduler.restart()
@@ -240,7 +214,7 @@ class Engine:
             return None
         self._steps += 1
         with jax.set_mesh(self.mesh):
-            inputs, ends = self._inputs(plan.rows, plan.piece)
+            inputs, ends = self._packing.inputs(plan.rows, plan.piece)
             guesses, usable = None, [0] * len(plan.rows)
             if self._speculate:
                 inputs, guesses, usable = self._look_ahead(inputs, plan.rows, ahead)
@@ -254,7 +228,7 @@ class Engine:
             if not plan.rows and ending is None:
                 return _Flight()
             width = 1 if guesses is None else 1 + guesses.shape[1]
-            wanted: list[tuple[Row, int] | None] = [(row, i) for row in plan.rows for i in range(width)]
+            wanted: list[Wanted] = [(row, i) for row in plan.rows for i in range(width)]
             wanted += [None] * (len(scores) - len(wanted))
             index = len(scores) - ends
             if ending is not None:
@@ -263,39 +237,15 @@ class Engine:
             chosen = self._choose(scores, wanted)
         return _Flight(rows=plan.rows, usable=usable, guesses=guesses, ending=ending, index=index, chosen=chosen)
 
-    def _inputs(self, rows: Sequence[Row], piece: Piece | None) -> tuple[Inputs, int]:
-        """What the model takes in, and how many rows of logits the piece has."""
-        given: dict[str, Any] = {}
-        prompts = []
-        if rows:
-            count = self._bucket(len(rows), self._least, self._capacity.max_rows)
-            more = count - len(rows)
-            given["places"] = np.array([*(row.place for row in rows), *[self._capacity.max_rows] * more], np.int32)
-            given["rows"] = self._rows(rows, [row.length for row in rows], count, width=1)
-            prompts += [*(len(row.request.prompt) for row in rows), *[0] * more]
-        if piece is not None:
-            size = piece.stop - piece.start
-            width = self._bucket(size, math.lcm(_SHORTEST, self._least), max(self._capacity.chunk, size))
-            tokens = np.zeros(width, np.int32)
-            tokens[:size] = piece.row.tokens[piece.start : piece.stop]
-            given["tokens"] = tokens
-            given["piece"] = self._rows([piece.row], [piece.stop], 1, width=width, new=size)
-            prompts += [len(piece.row.request.prompt)] * width
-        if self.config.rope.by_length or self._sparse:
-            given["prompts"] = np.array(prompts, np.int32)
-        return Inputs(**given), self._least if piece else 0
-
     def _look_ahead(
         self, inputs: Inputs, rows: Sequence[Row], ahead: int
     ) -> tuple[Inputs, jax.Array | np.ndarray | None, Sequence[int]]:
         """The inputs with guesses at what follows the rows, the guesses, and how many of each row's may be kept."""
         count, usable = 0, [0] * len(rows)
-        guesses = None
-        if rows:
+        guesses: Any = None
+        if rows and inputs.rows is not None:
             count = len(inputs.rows.lengths)
-            known = np.zeros((count, 1), np.int32)
-            known[: len(rows), 0] = [row.tokens[-1] for row in rows]
-            inputs = dataclasses.replace(inputs, known=known)
+            inputs = self._packing.known(rows, inputs)
             # Where what is chosen depends on the tokens before it, they are made one by one.
             free = [not (row.request.constraint or row.request.sampling.needs_seen) for row in rows]
             usable = [
@@ -305,55 +255,24 @@ class Engine:
             guesses, usable = self._speculate.guess([row.tokens for row in rows], usable, count)
         elif any(usable) and self._drafter:
             wanted = [(row, 0) if most else None for row, most in zip(rows, usable, strict=True)]
-            guesses = self._drafter.guess(inputs, self._choice([*wanted, *[None] * (count - len(rows))]))
+            guesses = self._drafter.guess(inputs, self._packing.choice([*wanted, *[None] * (count - len(rows))]))
         if self._drafter:
             self._drafter.follow(inputs if guesses is None else inputs.without_rows())
         if guesses is not None:
             inputs = inputs.with_guesses(guesses, len(rows))
         return inputs, guesses, usable
 
-    def _bucket(self, size: int, least: int, most: int) -> int:
-        """The first of `least`, four times that and so on which is at least `size`, but not above what `most` needs."""
-        steps = max(0, math.ceil(math.log(size / least, _STEP) - 1e-9))
-        return min(least * _STEP**steps, -(-most // least) * least)
-
-    def _rows(self, rows: Sequence[Row], lengths: Sequence[int], count: int, *, width: int, new: int = 1) -> Rows:
-        """A group of `count` rows, of which the first are `rows`."""
-        table = np.zeros((count, self._width), np.int32)
-        for entry, row in zip(table, rows, strict=False):
-            entry[: len(row.pages)] = row.pages
-        padded = np.array([*lengths, *[0] * (count - len(rows))], np.int32)
-        return Rows(lengths=padded, table=table, count=np.int32(len(rows) * new), width=width)
-
-    def _choose(self, scores: jax.Array, wanted: Sequence[tuple[Row, int] | None]) -> Chosen:
-        """The tokens after rows of logits: each the one that stands so far after the next of a row, or nobody's."""
-        choice = self._choice(wanted)
-        requests = [of[0].request for of in wanted if of]
-        if any(request.constraint for request in requests):
-            allowed = np.full((len(wanted), -(-self._num_tokens // 32)), 2**32 - 1, np.uint32)
-            for words, of in zip(allowed, wanted, strict=True):
-                if of and of[0].request.constraint:
-                    words[:] = of[0].request.constraint.mask()
-            choice = dataclasses.replace(choice, allowed=allowed)
-        asked = [request.logprobs for request in requests if request.logprobs is not None]
+    def _choose(self, scores: jax.Array, wanted: Sequence[Wanted]) -> Chosen:
+        """The tokens after rows of logits."""
+        words: Any = allowed(wanted, self._num_tokens)
+        choice = dataclasses.replace(self._packing.choice(wanted), allowed=words)
+        asked = [of[0].request.logprobs for of in wanted if of and of[0].request.logprobs is not None]
         seen = self._seen if choice.stages.needs_seen else None
-        chosen, self._last, seen = choose(
-            scores, self._last, seen, choice, num_tokens=self._num_tokens, top=_top(max(asked)) if asked else None
-        )
+        top = None if not asked else 0 if max(asked) == 0 else MAX_LOGPROBS
+        how = dict(num_tokens=self._num_tokens, top=top)
+        chosen, self._last, seen = choose(scores, self._last, seen, choice, **how)
         self._seen = self._seen if seen is None else seen
         return chosen
-
-    def _choice(self, wanted: Sequence[tuple[Row, int] | None]) -> Choice:
-        requests = [of and of[0].request for of in wanted]
-        # Only what follows the last token is made for certain.
-        places = [of[0].place if of and not of[1] else self._capacity.max_rows for of in wanted]
-        return Choice(
-            places=np.array(places, np.int32),
-            seeds=np.array([request.seed if request else 0 for request in requests], np.uint32),
-            rows=np.array([request.row if request else 0 for request in requests], np.uint32),
-            positions=np.array([of[0].length + of[1] if of else 0 for of in wanted], np.int32),
-            stages=Stages.of([request.sampling if request else _IDLE for request in requests]),
-        )
 
     def _remember(self, row: Row) -> None:
         """Has the device count the tokens of a row from here on, if anything looks at them."""
@@ -361,11 +280,12 @@ class Engine:
             return
         size = self.config.vocab_size
         if self._seen is None:
-            shape = (self._capacity.max_rows + 1, size)
+            shape = (len(self._last), size)
             self._seen = Seen(prompt=jnp.zeros(shape, bool), generated=jnp.zeros(shape, jnp.int32))
         length = len(row.request.prompt)
         prompt, made = (np.bincount(part, minlength=size) for part in (row.tokens[:length], row.tokens[length:] or [0]))
         made = made if len(row.tokens) > length else np.zeros_like(made)
+        assert row.place is not None
         self._seen = remember(self._seen, np.int32(row.place), prompt.astype(np.int32), made.astype(np.int32))
 
     def _collect(self) -> list[Token]:
@@ -374,7 +294,8 @@ class Engine:
         if flight is None or flight.chosen is None:
             return []
         chosen, guesses = jax.device_get((flight.chosen, flight.guesses))
-        made, width = [], 1 if guesses is None else 1 + guesses.shape[1]
+        guesses = np.empty((len(flight.rows), 0)) if guesses is None else guesses
+        made, width = [], 1 + guesses.shape[1]
         for index, (row, usable) in enumerate(zip(flight.rows, flight.usable, strict=True)):
             for ahead in range(usable + 1):
                 if row.done or (ahead and guesses[index, ahead - 1] != row.tokens[-1]):
@@ -405,14 +326,7 @@ class Engine:
         if reason is not None:
             self._scheduler.finish(row)
             del self._requests[row.number]
-        if request.logprobs is None or chosen.logprobs is None:
+        if request.logprobs is None or chosen.own is None:
             return Token(row.number, token, reason)
-        top = (
-            [] if not request.logprobs else zip(chosen.top_ids[index].tolist(), chosen.top[index].tolist(), strict=True)
-        )
-        return Token(row.number, token, reason, float(chosen.logprobs[index]), list(top)[: request.logprobs])
-
-
-def _top(asked: int) -> int:
-    """Of how many tokens the probabilities are computed: few different numbers, each of which is another program."""
-    return 0 if asked == 0 else 20 if asked > 5 else 5
+        own, ids, top = (np.asarray(x)[index].tolist() for x in chosen.own)
+        return Token(row.number, token, reason, own, list(zip(ids, top, strict=True))[: request.logprobs])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,8 @@ class Inputs:
 
     def whole(self, last: Int[Array, " places"]) -> tuple[Int[Array, " T"], tuple[Rows, ...]]:
         """All the tokens, one group of rows after another, and the groups; `last` are the last tokens of all places."""
-        tokens, groups = [], []
+        tokens: list[Any] = []
+        groups: list[Rows] = []
         if self.rows is not None:
             tokens.append(last[self.places] if self.known is None else self.known.reshape(-1))
             groups.append(self.rows)
@@ -60,16 +62,13 @@ class Inputs:
 
     def with_guesses(self, guesses: Int[Array, "R ahead"], num_rows: int) -> Inputs:
         """The same with tokens that may follow the `known` of rows, of which the first `num_rows` are not idle."""
+        assert self.rows is not None
         ahead, prompts, count = guesses.shape[1], self.prompts, len(self.rows.lengths)
-        rows = dataclasses.replace(
-            self.rows,
-            lengths=self.rows.lengths + np.int32(ahead),
-            count=np.int32(num_rows * (1 + ahead)),
-            width=1 + ahead,
-        )
+        lengths, real = self.rows.lengths + np.int32(ahead), np.int32(num_rows * (1 + ahead))
+        rows = dataclasses.replace(self.rows, lengths=lengths, count=real, width=1 + ahead)
         if prompts is not None:
-            prompts = np.concatenate([np.repeat(prompts[:count], 1 + ahead), prompts[count:]])
-        known = jnp.concatenate([self.known, guesses], axis=1)
+            prompts = jnp.concatenate([jnp.repeat(prompts[:count], 1 + ahead), prompts[count:]])
+        known = jnp.concatenate([jnp.asarray(self.known), jnp.asarray(guesses)], axis=1)
         return dataclasses.replace(self, rows=rows, known=known, prompts=prompts)
 
     def without_rows(self) -> Inputs:
@@ -104,12 +103,10 @@ class Choice:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """The tokens [S], -1 where logits were not finite; their logarithms of probability, and those of the likeliest."""
+    """The tokens, -1 where logits were not finite; and what `ops.sampling.logprobs` tells of them, if asked."""
 
     tokens: Int[Array, " S"]
-    logprobs: Float[Array, " S"] | None = None
-    top_ids: Int[Array, "S top"] | None = None
-    top: Float[Array, "S top"] | None = None
+    own: tuple[Float[Array, " S"], Int[Array, "S top"], Float[Array, "S top"]] | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("config", "ends", "sparse"), donate_argnames=("cache",))
@@ -128,7 +125,7 @@ def compute(
     batch = Batch(rows=groups, prompts=inputs.prompts)
     hidden, cache = forward_cached(config, params, tokens, batch, cache, sparse=sparse)
     hidden = jax.sharding.reshard(hidden, P(None, None))
-    if inputs.piece is not None:
+    if inputs.piece is not None and inputs.tokens is not None:
         decoded = len(hidden) - len(inputs.tokens)
         end = jax.lax.dynamic_slice_in_dim(hidden, decoded + inputs.piece.count - 1, 1)
         hidden = jnp.concatenate([hidden[:decoded], jnp.broadcast_to(end, (ends, end.shape[1]))])
@@ -162,7 +159,7 @@ def choose(
     tokens = sample(logits, keys, choice.stages, num_tokens=num_tokens, seen=own, allowed=choice.allowed)
     chosen = Chosen(tokens)
     if top is not None:
-        chosen = Chosen(tokens, *logprobs(logits, tokens, num_tokens=num_tokens, top=top))
+        chosen = Chosen(tokens, logprobs(logits, tokens, num_tokens=num_tokens, top=top))
     last = last.at[choice.places].set(jnp.maximum(tokens, 0))
     if seen is not None:
         seen = dataclasses.replace(seen, generated=seen.generated.at[choice.places, last[choice.places]].add(1))

@@ -94,8 +94,17 @@ class Attention(nn.Module):
                     self._sparsely(q, s, *paged.gather(pages, rows, scales, dtype=self.config.dtype), own, batch)
                 )
                 continue
-            how = dict(scales=scales, window=batch.window, chunk=self._chunk)
-            found.append(attend(q, pages, rows, **how, implementation=self.implementation))
+            found.append(
+                attend(
+                    q,
+                    pages,
+                    rows,
+                    scales=scales,
+                    window=batch.window,
+                    chunk=self._chunk,
+                    implementation="auto" if self.implementation == "cudnn" else self.implementation,
+                )
+            )
         y = jnp.concatenate(found)[:, None]
         y = jax.sharding.reshard(y, sharding.activation("btnh", y.shape))
         return y, LayerCache(pages, scales)
@@ -110,7 +119,7 @@ class Attention(nn.Module):
         batch: Batch,
     ) -> Float[Array, "T N H"]:
         """Likewise where the tokens `own` of the batch are to be sparse."""
-        assert batch.prompts is not None, "sparse attention goes by the lengths of the prompts"
+        assert self.sparse and batch.prompts is not None, "sparse attention goes by the lengths of the prompts"
         by_row = lambda x: x.reshape(len(k), -1, *x.shape[1:])
         slots = jnp.arange(k.shape[2], dtype=jnp.int32)
         mask = Mask(

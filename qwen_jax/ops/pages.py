@@ -175,7 +175,8 @@ def gather(
         real = slots < rows.lengths[:, None]
         ids = jnp.where(real.reshape(*rows.table.shape, -1).any(-1), rows.table, 0)
         kv = jnp.where(real[:, None, :, None], fetch(pages, scales, ids, jnp.dtype(dtype)), 0)
-        return tuple(jnp.split(kv, 2, axis=-1))
+        k, v = jnp.split(kv, 2, axis=-1)
+        return k, v
 
     local = jax.shard_map(local, in_specs=specs, out_specs=(SPLIT, SPLIT), check_vma=False)
     return local(*jax.sharding.reshard(arguments, specs))
