@@ -8,10 +8,12 @@ packing     rows as arrays of few shapes
 steps       what is compiled
 speculative guesses at tokens, which a step of the model checks
 completion  text as it is made, up to a token or a string that ends it
+chat_completion  the thought, the words and the calls of such a text
 stop        stop strings in text that arrives in pieces
 checkpoint  an engine from a model on disk
 """
 
+from qwen_jax.engine.chat_completion import ChatCompletion
 from qwen_jax.engine.checkpoint import load
 from qwen_jax.engine.completion import Completion, generate
 from qwen_jax.engine.engine import Engine, Stats
@@ -39,6 +41,7 @@ __all__ = [
     "FinishReason",
     # Text
     "Completion",
+    "ChatCompletion",
     "StopStrings",
     "generate",
 ]

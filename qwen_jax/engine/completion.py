@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 from qwen_jax.engine.engine import Engine
@@ -22,13 +24,29 @@ class Completion:
       num_tokens: tokens made so far, with those of the stop string or the stop token that ended it.
       finish_reason: None while it grows; then "stop" at a stop token or a stop string, "length" at the token limit,
         "interrupted" when the user stopped it.
+      tag_spans: where the tags stand in the text, in order, of those too that it does not hold yet. A reader takes
+        out what it has read.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_ids: Collection[int], stops: Sequence[str]) -> None:
-        """`stop_ids` are the tokens, `stops` the strings that end the text; neither is part of it."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop_ids: Collection[int],
+        stops: Sequence[str],
+        *,
+        tags: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
+        """
+        Args:
+          stop_ids, stops: the tokens and the strings that end the text; neither is part of it.
+          tags: control tokens, with their text, that a reader has to tell from the same text in other tokens.
+        """
         self.text = ""
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
+        self.tag_spans: deque[tuple[int, int]] = deque()
+        self._tags = tags
+        self._num_decoded = 0
         self._stop_ids = stop_ids
         self._characters = tokenizer.stream()
         self._stops = StopStrings(stops)
@@ -40,7 +58,7 @@ class Completion:
         self.num_tokens += 1
         if token in self._stop_ids:
             return self.end("stop")
-        piece = self._stops.push(self._characters.push(token))
+        piece = self._stops.push(self._decode(token))
         self.text += piece
         if self._stops.found:
             self.finish_reason = "stop"
@@ -54,6 +72,15 @@ class Completion:
         self.text += piece
         self.finish_reason = "stop" if self._stops.found else reason
         return piece
+
+    def _decode(self, token: int) -> str:
+        """The text that `token` completes; characters open before a tag never are."""
+        tag = self._tags.get(token, "")
+        text = self._characters.finish() + tag if tag else self._characters.push(token)
+        self._num_decoded += len(text)
+        if tag:
+            self.tag_spans.append((self._num_decoded - len(tag), self._num_decoded))
+        return text
 
 
 def generate(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from qwen_jax.text.tokenizer import Tokenizer
 
 REACT_STOPS = ("Observation:", "Observation:\n")
 
-_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+THOUGHT_TAGS = ("<think>", "</think>")
+CALL_TAGS = ("<tool_call>", "</tool_call>")
+_TAGS = (*THOUGHT_TAGS, *CALL_TAGS)
 _REACT = """Answer the following questions as best you can. You have access to the following tools:
 
 {tools}
@@ -75,26 +77,48 @@ class Answer:
         return {field: value for field, value in fields.items() if value or field in ("role", "content")}
 
 
-def parse(text: str, *, thinks: bool) -> Answer:
+def parse(text: str, *, thinks: bool, in_thought: bool | None = None) -> Answer:
     """Reads an answer of Qwen2.5 or Qwen3: `<think>` where the format `thinks`, and `<tool_call>` blocks.
 
     `text` is the model's answer alone, without its <|im_end|>. Nothing that users send belongs in here.
+
+    Args:
+      thinks: whether the chat format has thoughts.
+      in_thought: whether the prompt ended inside a thought. None where that is not known: then what stands before
+        </think> is the thought, whether it was opened or not.
     """
-    return _parse(re.split(f"({'|'.join(_TAGS)})", text), thinks)
+    return _parse(split_tags(text, _TAGS), thinks, in_thought)
 
 
-def parse_ids(tokenizer: Tokenizer, ids: Iterable[int], *, thinks: bool) -> Answer:
-    """Reads an answer as `parse` does, taking as tags only control tokens, not the characters they are made of."""
-    tags = {tokenizer.control[tag]: tag for tag in _TAGS if tag in tokenizer.control}
-    parts: list[str] = []
-    run: list[int] = []
-    for token in ids:
-        if token in tags:
-            parts += [tokenizer.decode(run), tags[token]]
-            run = []
-        else:
+def parse_ids(tokenizer: Tokenizer, ids: Iterable[int], *, thinks: bool, in_thought: bool | None = None) -> Answer:
+    """Reads an answer as `parse` does, taking as tags only control tokens, not the characters they are made of.
+
+    A tag that the tokenizer has no token for is its characters.
+    """
+    tags, spelled = tag_tokens(tokenizer)
+    parts, run = [""], []
+    for token in [*ids, None]:
+        if token is not None and token not in tags:
             run.append(token)
-    return _parse([*parts, tokenizer.decode(run)], thinks)
+            continue
+        first, *rest = split_tags(tokenizer.decode(run), spelled)
+        parts[-1] += first
+        parts += rest
+        if token is not None:
+            parts += [tags[token], ""]
+        run = []
+    return _parse(parts, thinks, in_thought)
+
+
+def tag_tokens(tokenizer: Tokenizer) -> tuple[dict[int, str], frozenset[str]]:
+    """The tags that are tokens, by id, and those that the tokenizer has no token for."""
+    tokens = {tokenizer.control[tag]: tag for tag in _TAGS if tag in tokenizer.control}
+    return tokens, frozenset(_TAGS) - set(tokens.values())
+
+
+def split_tags(text: str, tags: Collection[str]) -> list[str]:
+    """Text, tag, text, tag … text."""
+    return re.split(f"({'|'.join(map(re.escape, sorted(tags)))})", text) if tags else [text]
 
 
 def react_prompt(query: str, tools: Sequence[Mapping[str, Any]]) -> str:
@@ -175,16 +199,27 @@ def parse_react(text: str) -> Answer:
     return Answer(content=answer.strip() if final else _thought(text), reasoning=None, calls=(), malformed=())
 
 
-def _parse(parts: list[str], thinks: bool) -> Answer:
+def read_call(text: str) -> Call:
+    """The call that the text of a block makes, its arguments as they are written; a ValueError if it is none."""
+    call = _read_json(text)
+    if not (isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict)):
+        raise ValueError(f'want {{"name": ..., "arguments": {{...}}}}, got {text.strip()}')
+    if not call["name"]:
+        raise ValueError("the name is empty")
+    call["name"].encode()  # a ValueError for a lone surrogate, which no text can hold
+    return Call(name=call["name"], arguments=_written(text, "arguments"))
+
+
+def _parse(parts: list[str], thinks: bool, in_thought: bool | None) -> Answer:
     """`parts` alternates text and tags, text first."""
-    reasoning = None
-    if thinks and "</think>" in parts[1::2]:
-        end = 2 * parts[1::2].index("</think>") + 1
-        reasoning, parts = "".join(parts[:end]), [parts[end + 1].lstrip("\n"), *parts[end + 2 :]]
-    elif thinks and parts[1:2] == ["<think>"] and not parts[0].strip():
-        reasoning, parts = "".join(parts), [""]
-    if reasoning is not None:
-        reasoning = reasoning.strip("\n").removeprefix("<think>").strip("\n")
+    if in_thought:
+        parts = ["", "<think>", *parts]
+    reasoning, tags = None, parts[1::2]
+    opened = thinks and tags[:1] == ["<think>"] and not parts[0].strip()
+    if opened or (thinks and in_thought is None and "</think>" in tags):
+        end = 2 * tags.index("</think>") + 1 if "</think>" in tags else len(parts)
+        reasoning = "".join(parts[2 * opened : end]).strip("\n")
+        parts = [parts[end + 1].lstrip("\n"), *parts[end + 2 :]] if end < len(parts) else [""]
     content, calls, malformed = parts[0], [], []
     position = 1
     while position < len(parts):
@@ -194,8 +229,8 @@ def _parse(parts: list[str], thinks: bool) -> Answer:
             continue
         end = next((n for n in range(position, len(parts), 2) if parts[n] == "</tool_call>"), len(parts))
         try:
-            calls.append(_hermes_call("".join(parts[position + 1 : end])))
-            content = content.removesuffix("\n")
+            calls.append(read_call("".join(parts[position + 1 : end])))
+            content = content.removesuffix("\n" if parts[position - 1] else "")
         except (ValueError, RecursionError) as error:
             malformed.append(f"{type(error).__name__}: {error}")
             content += "".join(parts[position : end + 1])
@@ -204,12 +239,24 @@ def _parse(parts: list[str], thinks: bool) -> Answer:
     return Answer(content=content, reasoning=reasoning, calls=tuple(calls), malformed=tuple(malformed))
 
 
-def _hermes_call(text: str) -> Call:
-    """The call that the text of a block makes; a ValueError if it is none."""
-    call = _read_json(text)
-    if not (isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict)):
-        raise ValueError(f'want {{"name": ..., "arguments": {{...}}}}, got {text.strip()}')
-    return Call(name=call["name"], arguments=to_json(call["arguments"], "arguments"))
+def _written(text: str, key: str) -> str:
+    """The value of `key` as the JSON object `text` writes it; the last, where it comes twice."""
+    scan, written = json.JSONDecoder().raw_decode, ""
+    position = _next_part(text, text.index("{") + 1)
+    while text[position] != "}":
+        found, end = scan(text, position)
+        start = _next_part(text, end)
+        _, end = scan(text, start)
+        written = text[start:end] if found == key else written
+        position = _next_part(text, end)
+    return written
+
+
+def _next_part(text: str, position: int) -> int:
+    """Where the next key or value of a JSON object begins, or its end."""
+    while text[position] in " \t\n\r,:":
+        position += 1
+    return position
 
 
 def _react_answer(message: Message, content: str, index: int) -> str:
