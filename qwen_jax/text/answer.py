@@ -6,7 +6,6 @@ be no call after its arguments have begun stays one, because they have been give
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Callable, Collection
