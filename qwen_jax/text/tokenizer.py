@@ -116,6 +116,11 @@ class Tokenizer:
         """sha256 of `to_bytes()` in hex: equal fingerprints, equal ids."""
         return hashlib.sha256(self._data).hexdigest()
 
+    @property
+    def pieces(self) -> Sequence[bytes]:
+        """The bytes of every id; those of a control token are its text."""
+        return self._pieces
+
     def check_fits(self, vocab_size: int) -> None:
         """A ModelError unless a model of `vocab_size` embeddings has one for every id."""
         if self.num_tokens > vocab_size:
