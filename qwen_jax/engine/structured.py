@@ -9,16 +9,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-import subprocess
-import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import UInt32
 
 from qwen_jax.engine.structured_child import compiled
+from qwen_jax.engine.structured_limits import check_compiles, check_pattern, check_schema, one_line, schema_json
 from qwen_jax.errors import ConfigError, DataError
 from qwen_jax.text import Tokenizer
 from qwen_jax.text.tools import CALL_TAGS, THOUGHT_TAGS
@@ -27,9 +25,6 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 MAX_CACHED = 64  # compiled grammars
-MAX_CHARACTERS = 100_000  # of the schemas of a request, as JSON
-MAX_PATTERN = 1000  # characters
-MAX_REPETITIONS = 5000  # of a pattern, nested ones multiplied; each adds 3 µs to every mask
 
 # Models fall into endless white space when they have nothing to say.
 _JSON = {"whitespace_pattern": r"[ \t\n\r]{1,32}"}
@@ -37,9 +32,6 @@ _JSON = {"whitespace_pattern": r"[ \t\n\r]{1,32}"}
 _CALL = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
-_REPETITION = re.compile(r"(\)?)\{(\d+)(?:,(\d*))?\}")
-_CHILD = Path(__file__).with_name("structured_child.py")
-_WALL_SECONDS = 10  # the child's limit is in seconds of the processor
 
 
 class Grammars:
@@ -66,7 +58,7 @@ class Grammars:
 
     def json_schema(self, schema: Mapping[str, Any]) -> Grammar:
         """JSON that fits a JSON schema; properties come in its order."""
-        _check_schema(schema, "the schema")
+        check_schema(schema, "the schema")
         return self._grammar(json_schema={**schema, "x-guidance": _JSON})
 
     def calls(self, tools: Sequence[Mapping[str, Any]], *, name: str | None = None, parallel: bool = True) -> Grammar:
@@ -102,32 +94,29 @@ class Grammars:
 
     def regex(self, pattern: str) -> Grammar:
         """Text that a regular expression matches, all of it."""
-        _check_pattern(pattern, "the pattern")
+        check_pattern(pattern, "the pattern")
         return self._grammar(lark_grammar=f"start: /{self._library.regex_to_lark(pattern)}/")
 
     def _call_rules(self, index: int, function: Mapping[str, Any]) -> list[str]:
         """The rules of one tool; its parameters are a schema of their own, whose references begin at its root."""
         where = f"tools[{index}].function.parameters"
         parameters = function.get("parameters") or _NO_PARAMETERS
-        _check_schema(parameters, where)
+        check_schema(parameters, where)
         if parameters.get("type") != "object":
             raise DataError(f'{where} is no schema of an object; want "type": "object"')
         head = json.dumps(f'{{"name": "{function["name"]}", "arguments": ')
-        schema = _to_json({**parameters, "x-guidance": _CALL})
+        schema = schema_json({**parameters, "x-guidance": _CALL})
         return [f'call_{index}: {head} arguments_{index} "}}"', f"arguments_{index}: %json {schema}"]
 
     def _grammar(self, **grammar: Any) -> Grammar:
         """Compiles what the library calls a grammar, unless that has been done of late."""
-        text = _to_json({"grammars": [grammar]})
-        if len(text) > MAX_CHARACTERS:
-            raise DataError(f"the schemas take {len(text):,} characters as JSON; at most {MAX_CHARACTERS:,}")
-        return self._cached(text)
+        return self._cached(schema_json({"grammars": [grammar]}))
 
     def _compile(self, grammar: str) -> Grammar:
-        _try(grammar)
+        check_compiles(grammar)
         matcher, error = compiled(self._library, self._tokenizer, grammar)
         if error:
-            raise DataError(f"the grammar cannot be used: {_line(error)}")
+            raise DataError(f"the grammar cannot be used: {one_line(error)}")
         return Grammar(matcher, self._vocabulary)
 
 
@@ -173,7 +162,7 @@ class GrammarConstraint:
             return self._vocabulary.no_stop
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         if self._matcher.is_error() or not allowed.any():
-            self.error = _line(self._matcher.get_error()) or "no token may come next"
+            self.error = one_line(self._matcher.get_error()) or "no token may come next"
             return self._vocabulary.stop
         if self._phase == "start":
             return allowed | self._vocabulary.open_thought
@@ -226,70 +215,3 @@ class _Vocabulary:
         bits = np.zeros(-(-len(self.tokens) // 32) * 32, np.uint8)
         bits[list(tokens)] = 1
         return np.packbits(bits, bitorder="little").view("<u4")
-
-
-def _check_schema(schema: Any, where: str) -> None:
-    if not isinstance(schema, Mapping):
-        raise DataError(f"{where} is a {type(schema).__name__}; want a JSON schema, an object")
-    for pattern in _patterns(schema):
-        _check_pattern(pattern, f"a pattern in {where}")
-
-
-def _patterns(schema: Mapping[str, Any]) -> Iterator[str]:
-    """All that may be a regular expression."""
-    nodes: list[Any] = [schema]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, Mapping):
-            named = node.get("patternProperties")
-            yield from (pattern for pattern in [node.get("pattern")] if isinstance(pattern, str))
-            yield from map(str, named if isinstance(named, Mapping) else ())
-            nodes += node.values()
-        elif isinstance(node, list):
-            nodes += node
-
-
-def _check_pattern(pattern: str, where: str) -> None:
-    if len(pattern) > MAX_PATTERN:
-        raise DataError(f"{where} has {len(pattern):,} characters; at most {MAX_PATTERN:,}")
-    if re.search("[\ud800-\udfff]", pattern):
-        raise DataError(f"{where} has a lone surrogate, which no text holds")
-    total, factor = 1, 1
-    for group, low, high in _REPETITION.findall(pattern):
-        if group:
-            factor *= int(high or low)
-        else:
-            total += int(high or low)
-    if total * factor > MAX_REPETITIONS:
-        raise DataError(f"{where} repeats {total * factor:,} times; at most {MAX_REPETITIONS:,}")
-
-
-def _try(grammar: str) -> None:
-    """Compiles a grammar in a child that has no environment; a DataError for what is wrong with it."""
-    try:
-        child = subprocess.run(
-            [sys.executable, "-P", str(_CHILD)],
-            input=grammar,
-            capture_output=True,
-            text=True,
-            timeout=_WALL_SECONDS,
-            env={},
-        )
-    except subprocess.TimeoutExpired:
-        raise DataError(f"the grammar was given up after {_WALL_SECONDS} s; make it simpler") from None
-    if child.returncode:
-        raise DataError("the grammar takes too much time, memory or depth to compile; make it simpler")
-    if child.stdout:
-        raise DataError(f"the grammar cannot be used: {_line(child.stdout)}")
-
-
-def _to_json(value: Any) -> str:
-    try:
-        return json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"the schema cannot be written as JSON: {error}") from error
-
-
-def _line(message: str) -> str:
-    """What the library complains of, as the part of a line."""
-    return " ".join(message.replace("<non-verbose/>", "").split())[:200]
