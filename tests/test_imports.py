@@ -20,6 +20,7 @@ ONLY_IN = {
     "grain": ["train"],
     "orbax": ["qwen_jax/weights"],
     "safetensors": ["qwen_jax/weights"],
+    "llguidance": ["qwen_jax/engine/structured"],
     # The command that compares a forward pass with theirs, where a user has them.
     "torch": ["tests", "benchmarks", "qwen_jax/weights/forward.py"],
     "transformers": ["tests", "benchmarks", "qwen_jax/weights/forward.py"],

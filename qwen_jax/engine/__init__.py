@@ -9,6 +9,7 @@ steps       what is compiled
 speculative guesses at tokens, which a step of the model checks
 completion  text as it is made, up to a token or a string that ends it
 chat_completion  the thought, the words and the calls of such a text
+structured  what an answer may be: JSON, calls of tools, patterns
 stop        stop strings in text that arrives in pieces
 checkpoint  an engine from a model on disk
 """
