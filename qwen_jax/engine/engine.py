@@ -107,7 +107,7 @@ class Engine:
         self.max_length = min(capacity.max_length or config.max_position, config.max_position)
         size = capacity.page_size
         width = -(-self.max_length // size)
-        num_pages = -(-(capacity.cache_tokens or capacity.max_rows * self.max_length) // size)
+        num_pages = -(-capacity.cache_tokens // size) if capacity.cache_tokens else capacity.max_rows * width
         self.max_length = min(self.max_length, num_pages * size)
         self._scheduler = Scheduler(Pages(num_pages, size), max_rows=capacity.max_rows, chunk=capacity.chunk)
         with jax.set_mesh(mesh):
