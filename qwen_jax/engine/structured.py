@@ -161,9 +161,8 @@ class GrammarConstraint:
         if self._phase == "thought":
             return self._vocabulary.no_stop
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
-        if self._matcher.is_error() or not allowed.any():
-            self.error = one_line(self._matcher.get_error()) or "no token may come next"
-            return self._vocabulary.stop
+        if self._matcher.is_error():  # which allows the tokens that end the answer
+            self.error = one_line(self._matcher.get_error())
         if self._phase == "start":
             return allowed | self._vocabulary.open_thought
         return allowed | self._vocabulary.newlines if self._phase == "gap" else allowed
@@ -201,7 +200,6 @@ class _Vocabulary:
         self.newline_ids = {token for token, piece in enumerate(tokenizer.pieces) if piece in (b"\n", b"\n\n")}
         self.newlines = self._words(self.newline_ids)
         self.open_thought = self._words(tags[:1])
-        self.stop = self._words(self.stop_ids)
         self.no_stop = self._words(set(range(tokenizer.num_tokens)) - self.stop_ids)
 
     def __call__(self, text: str) -> list[int]:

