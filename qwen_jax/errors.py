@@ -44,3 +44,9 @@ class NumericalError(UserError):
     """A loss or gradient that is no longer finite."""
 
     exit_code = 5
+
+
+class SandboxError(UserError):
+    """A machine that cannot lock untrusted code in, or a sandbox that broke."""
+
+    exit_code = 4
