@@ -21,7 +21,7 @@ _LINE = 300  # characters
 
 def serve() -> None:
     """The program's side: runs it as a module, then calls of its functions."""
-    source = sys.stdin.buffer.read()
+    source = sys.stdin.buffer.read().decode("utf-8")
     sys.modules["program"] = module = types.ModuleType("program")
     exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
     objects: list[Any] = [module]
@@ -34,7 +34,7 @@ def serve() -> None:
             value = function(*unpack(args, objects), **unpack(kwargs, objects))
             answer = {"value": pack(value, objects)}
         except Exception as error:
-            answer = {"raised": [type(error).__name__, str(error)[:_LINE]]}
+            answer = {"raised": type(error).__name__, "args": pack(list(error.args), objects)}
         _write(6, answer)
 
 
@@ -75,11 +75,11 @@ class Remote:
         if answer is None:
             raise ProgramEnded("the program ended")
         if "raised" in answer:
-            name, message = map(str, answer["raised"])
+            name, args = answer["raised"], unpack(answer["args"], None)
             kind = getattr(builtins, name, None)
             if isinstance(kind, type) and issubclass(kind, Exception):
-                raise kind(message)
-            raise RuntimeError(f"{name}: {message}")
+                raise kind(*args)
+            raise RuntimeError(name, *args)
         return unpack(answer["value"], None)
 
     def _refuse(self, other: object = None) -> bool:
@@ -154,9 +154,9 @@ def _detail(error: BaseException, source: str) -> str:
 
 def _read() -> Any:
     """The next message on descriptor 5; None if there is none."""
-    size = _read_exactly(8)
-    message = _read_exactly(int.from_bytes(size, "little"))
-    return json.loads(message) if message else None
+    size = int.from_bytes(_read_exactly(8), "little")
+    message = _read_exactly(size)
+    return json.loads(message) if message and len(message) == size else None
 
 
 def _read_exactly(size: int) -> bytes:

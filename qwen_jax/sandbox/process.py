@@ -192,10 +192,13 @@ def _probe() -> tuple[Isolation, str]:
     """The first isolation in which a program starts, and what is wrong with those before it."""
     if sys.platform != "linux":
         raise SandboxError(f"untrusted code runs on Linux only, this is {sys.platform}")
+    candidates: list[Isolation] = ["namespaces"]
+    if os.geteuid() != 0 and shutil.which("bwrap"):  # root stays root in it, and no limit on processes holds root
+        candidates.append("bubblewrap")
     reasons = []
-    for isolation in ("namespaces", "bubblewrap"):
+    for isolation in candidates:
         try:
-            with Warden(["python", "-c", "pass"], isolation=isolation, limits=Limits()) as warden:
+            with Warden(["python", "-c", "pass"], isolation=isolation, limits=Limits(wall_seconds=60)) as warden:
                 report = warden.receive()
         except SandboxError as error:
             reasons.append(f"{isolation}: {error}")

@@ -193,13 +193,8 @@ class _Guest:
     def _report(self, reason: str, code: int | None, *, alive: bool) -> dict:
         most = self._limits["output_bytes"]
         output = {name: bytes(written[:most]) for name, written in self._output.items()}
-        return {
-            **output,
-            "reason": reason,
-            "exit_code": code,
-            "alive": alive,
-            "seconds": time.monotonic() - self._start,
-        }
+        seconds = time.monotonic() - self._start
+        return {**output, "reason": reason, "exit_code": code, "alive": alive, "seconds": seconds}
 
 
 def _launch(request: dict, descriptors: list, status: int) -> None:
@@ -234,7 +229,7 @@ def _run_program(request: dict, descriptors: list, status: int) -> None:
     """The rest of the child that becomes the program."""
     try:
         namespaces.limit(request["resources"])
-        os.set_inheritable(status, False)
+        status = fcntl.fcntl(status, fcntl.F_DUPFD_CLOEXEC, _OUT_OF_THE_WAY)
         high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, _OUT_OF_THE_WAY) for descriptor in descriptors]
         for number, descriptor in enumerate(high):
             os.dup2(descriptor, number)
