@@ -76,7 +76,7 @@ def test_processor_time_of_the_whole_tree_is_limited():
         ("f = open('f', 'wb')\nwhile True: f.write(bytes(1 << 16))", "error", "OSError"),
         ("i = 0\nwhile True:\n    i += 1\n    open(str(i), 'wb').write(bytes(1 << 16))", "error", "No space left"),
         ("x = []\nwhile True: x.append(open('/dev/null'))", "error", "Too many open files"),
-        ("import threading as t, time\nfor i in range(10**5): t.Thread(target=time.sleep, args=(9,), daemon=True).start()",
+        ("import threading as t, time\nfor i in range(10**5): t.Thread(target=time.sleep, args=[9], daemon=1).start()",
          "error", "can't start new thread"),
         ("import os\ntry:\n    while True: os.fork()\nexcept OSError as e:\n    print(e)\n    while True: pass",
          "timeout", ""),
@@ -334,7 +334,8 @@ def test_without_privileges_it_is_the_same():
         pytest.skip("needs a checkout that any user may read")
     done = subprocess.run(
         [python, "-B", "-c", UNPRIVILEGED, str(ROOT), bubblewrap],
-        user=65534, group=65534, extra_groups=[], cwd="/", env={"PATH": os.environ["PATH"]}, capture_output=True, text=True,
+        user=65534, group=65534, extra_groups=[], cwd="/", env={"PATH": os.environ["PATH"]},
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     best, *says = json.loads(done.stdout)
@@ -342,4 +343,5 @@ def test_without_privileges_it_is_the_same():
     for isolation, listing, error, forks in says:
         assert ("proc" in listing) == (isolation == "none")
         assert "Operation not permitted" in error
-        assert forks == ("8\n" if isolation != "none" else forks)
+        # One process of bubblewrap's own does not count; without isolation, all of the user's do.
+        assert forks in {"namespaces": ["8\n"], "bubblewrap": ["8\n", "9\n"], "none": [forks]}[isolation]
