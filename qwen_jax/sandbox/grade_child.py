@@ -95,13 +95,10 @@ class _Program(types.ModuleType):
 
 def pack(value: Any, objects: list[Any] | None) -> Any:
     """What JSON can say of a value; of one that is not plain, its number in `objects`, if there are any."""
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, bool | float | str):
         return value
     if isinstance(value, int):
-        return int(value) if -(2**63) <= value < 2**63 else {"int": hex(value)}  # decimals have a limit on digits
-    for kind in (float, str):
-        if isinstance(value, kind):
-            return kind(value)
+        return value if -(2**63) <= value < 2**63 else {"int": hex(value)}  # decimals have a limit on digits
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
     if isinstance(value, bytes | bytearray):

@@ -140,6 +140,12 @@ def test_the_reason_is_that_of_the_program(program, reason):
     assert (verdict.passed, verdict.reason) == (False, reason), verdict
 
 
+def test_ending_is_not_the_exception_that_a_checker_expects():
+    checker = "from program import f\ntry:\n    f(-1)\nexcept Exception:\n    pass\nelse:\n    raise AssertionError"
+    assert grade("def f(x): raise ValueError(x)", checker).passed
+    assert not grade("import os\ndef f(x): os._exit(1)", checker).passed
+
+
 def test_a_checker_that_ends_early_gives_no_pass():
     for ending in ("import os\nos._exit(0)", "import sys\nsys.exit(0)", "raise KeyboardInterrupt"):
         verdict = grade("def f(x): return x * x", ending)

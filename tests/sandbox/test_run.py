@@ -59,8 +59,11 @@ def test_time_is_limited(program):
     assert run(program, limits=SHORT).reason == "timeout"
 
 
-def test_processor_time_of_the_whole_tree_is_limited():
-    program = "import os\nos.fork()\nos.fork()\nwhile True: pass"
+@pytest.mark.parametrize("program", [
+    "import os\nos.fork()\nos.fork()\nfor i in range(10**7): pass",
+    "import os\nfor i in range(60):\n    if os.fork() == 0: break\n    os.wait()\nfor i in range(10**6): pass",
+])  # fmt: skip
+def test_processor_time_of_the_whole_tree_is_limited(program):
     assert run(program, limits=Limits(wall_seconds=60, cpu_seconds=0.4)).reason == "timeout"
 
 
@@ -74,7 +77,8 @@ def test_processor_time_of_the_whole_tree_is_limited():
          "y = bytes(100 << 20)\nimport time\ntime.sleep(99)", "memory", ""),
         ("import os, time\nfor i in range(3): os.fork()\nx = b'x' * (99 << 20)\ntime.sleep(99)", "memory", ""),
         ("f = open('f', 'wb')\nwhile True: f.write(bytes(1 << 16))", "error", "OSError"),
-        ("i = 0\nwhile True:\n    i += 1\n    open(str(i), 'wb').write(bytes(1 << 16))", "error", "No space left"),
+        ("for i in range(99): open(str(i), 'wb').write(bytes(1 << 16))", "error", "No space left"),
+        ("for i in range(10**5): open(str(i), 'wb')", "error", "No space left"),
         ("x = []\nwhile True: x.append(open('/dev/null'))", "error", "Too many open files"),
         ("import threading as t, time\nfor i in range(10**5): t.Thread(target=time.sleep, args=[9], daemon=1).start()",
          "error", "can't start new thread"),
@@ -221,6 +225,8 @@ def test_the_environment_tells_nothing(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "secret-2")
     environment = told("import json, os\nprint(json.dumps(dict(os.environ)))")
     assert not {"HF_TOKEN", "WANDB_API_KEY", "USER"} & environment.keys() and "secret" not in str(environment)
+    assert told("import json, os, stat\nfound = []\nfor i in range(256):\n    try: os.fstat(i), found.append(i)\n    "
+                "except OSError: pass\nprint(json.dumps(found))") == [0, 1, 2, 3, 4]  # fmt: skip
     assert str(Path.home()) not in str([environment[name] for name in ("HOME", "PATH", "TMPDIR")])
 
 
@@ -267,6 +273,7 @@ def test_a_program_dies_with_its_warden(traces, isolation):
     sleep = f"import time\nprint({traces.word!r})\ntime.sleep(99)"
     with Warden(["python", "-c", sleep], isolation=isolation, limits=Limits()) as warden:
         assert wait_for(traces.processes)
+        assert os.getsid(warden._process.pid) != os.getsid(0)  # Ctrl-C is not for it
         os.kill(warden._process.pid, signal.SIGKILL)
         with pytest.raises(SandboxError, match="process died"):
             warden.receive()
@@ -313,7 +320,9 @@ from qwen_jax.sandbox import process, view
 from qwen_jax.sandbox.process import Limits
 from qwen_jax.sandbox.run import run
 fork = "import os, time\\nn = 0\\ntry:\\n  while os.fork(): n += 1\\n  time.sleep(99)\\nexcept OSError: print(n)"
-look = "import os, socket\\nprint(os.listdir('/'), os.getuid())\\nsocket.socket()"
+view._LIBRARIES += (sys.argv[3],)
+look = f"import os, socket\\nprint(os.listdir('/'), os.getuid())\\ntry: open('{sys.argv[3]}/own', 'a')\\n"
+look += "except OSError as error: print(error)\\nsocket.socket()"
 says = [process.isolate(allow_weak=True)]
 for isolation in ["namespaces", *(["bubblewrap"] if sys.argv[2] else []), "none"]:
     process._probe = lambda: (isolation, "")
@@ -332,16 +341,22 @@ def test_without_privileges_it_is_the_same():
         pytest.skip("needs a Python 3.11 that any user may run")
     if not os.stat(ROOT).st_mode & 1:
         pytest.skip("needs a checkout that any user may read")
+    own = Path(tempfile.mkdtemp())
+    os.chown(own, 65534, 65534)
+    (own / "own").write_text("")
+    os.chown(own / "own", 65534, 65534)
     done = subprocess.run(
-        [python, "-B", "-c", UNPRIVILEGED, str(ROOT), bubblewrap],
+        [python, "-B", "-c", UNPRIVILEGED, str(ROOT), bubblewrap, str(own)],
         user=65534, group=65534, extra_groups=[], cwd="/", env={"PATH": os.environ["PATH"]},
         capture_output=True, text=True,
     )  # fmt: skip
+    shutil.rmtree(own)
     assert done.returncode == 0, done.stderr
     best, *says = json.loads(done.stdout)
     assert best == "namespaces"
     for isolation, listing, error, forks in says:
         assert ("proc" in listing) == (isolation == "none")
         assert "Operation not permitted" in error
+        assert ("Read-only file system" in listing) == (isolation != "none")
         # One process of bubblewrap's own does not count; without isolation, all of the user's do.
         assert forks in {"namespaces": ["8\n"], "bubblewrap": ["8\n", "9\n"], "none": [forks]}[isolation]
