@@ -46,8 +46,8 @@ class Pages:
             self._holders[page] = 1
         return taken
 
-    def match(self, kind: Hashable, tokens: Sequence[int]) -> list[int]:
-        """The published pages that begin `tokens`, held for the caller.
+    def match(self, kind: Hashable, tokens: Sequence[int]) -> tuple[list[int], Hashable]:
+        """The published pages that begin `tokens`, held for the caller; and the node of the last, or the kind.
 
         Args:
           kind: rows share pages only within a kind: their keys at a position are computed alike.
@@ -64,23 +64,19 @@ class Pages:
         for page in found:
             self._holders[page] += 1
             self._kept.pop(page, None)
-        return found
+        return found, node
 
-    def publish(self, kind: Hashable, pages: Sequence[int], tokens: Sequence[int], start: int) -> None:
-        """Lets other rows find `pages[start:]`, which hold the tokens from `start * size` on, page by page.
+    def publish(self, node: Hashable, page: int, tokens: Sequence[int]) -> Hashable:
+        """Lets other rows find a page with `tokens` behind `node`; the node of these.
 
-        Where a page of the same content is known already that one stays, and what comes after is published behind it.
+        Where a page of the same content is known already that one stays. Behind a node that has been forgotten nobody
+        finds anything.
         """
-        node: Hashable = kind
-        for index, page in enumerate(pages):
-            key = (node, tuple(tokens[index * self.size : (index + 1) * self.size]))
-            content = self._nodes.get(key)
-            if content is None:
-                if index < start:
-                    return  # what came before has been forgotten: nobody could find this
-                content = Content(page, key)
-                self._nodes[key] = self._contents[page] = content
-            node = content
+        key = node, tuple(tokens)
+        content = self._nodes.get(key)
+        if content is None:
+            content = self._nodes[key] = self._contents[page] = Content(page, key)
+        return content
 
     def release(self, pages: Sequence[int]) -> None:
         """Gives back the pages of a row; of a beginning, what comes later is forgotten first."""

@@ -30,7 +30,7 @@ class Row:
       pages: its pages in order.
       place: which of the engine's rows it is; None while it waits.
       decoding: its prompt is behind it, and its last token with the device.
-      published: pages that others may find.
+      published: pages that others may find, and `node` what `Pages` calls the last of them.
       done: it has its last token, or nobody wants it any more.
     """
 
@@ -44,6 +44,7 @@ class Row:
     place: int | None = None
     decoding: bool = False
     published: int = 0
+    node: Hashable = None
     done: bool = False
 
     @property
@@ -147,10 +148,12 @@ class Scheduler:
 
     def publish(self, row: Row) -> None:
         """Lets others find the pages of a row whose tokens are all known and computed."""
-        full = min(row.length, len(row.tokens)) // self.pages.size
-        if row.place is not None and row.kind is not None and full > row.published:
-            self.pages.publish(row.kind, row.pages[:full], row.tokens, row.published)
-            row.published = full
+        size, known = self.pages.size, min(row.length, len(row.tokens))
+        while row.place is not None and row.kind is not None and (row.published + 1) * size <= known:
+            start = row.published * size
+            tokens = row.tokens[start : start + size]
+            row.node = self.pages.publish(row.node, row.pages[row.published], tokens)
+            row.published += 1
 
     def _piece(self, row: Row) -> Piece:
         size = self._chunk if row.kind is not None else row.target
@@ -163,14 +166,14 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and self._places:
             row = self._waiting[0]
-            shared = [] if row.kind is None else self.pages.match(row.kind, row.tokens[:-1])
+            shared, node = ([], None) if row.kind is None else self.pages.match(row.kind, row.tokens[:-1])
             wanted = self._num_pages(row.target) - len(shared)
             if wanted > self.pages.free:
                 self.pages.release(shared)
                 return
             self._waiting.popleft()
             row.pages = shared + self.pages.take(wanted)
-            row.published = len(shared)
+            row.published, row.node = len(shared), node
             row.length = len(shared) * self.pages.size
             self.reused += row.length
             row.place = self._places.pop()
