@@ -156,7 +156,7 @@ def check_crowd(changes, *, count):
     requests, at = crowd(np.random.default_rng(1), count, 70)
     made = run(engine, requests, at=at)
     stats = engine.stats
-    assert stats.preemptions > count // 20 and stats.prefix_hits > 5 * count and stats.pages_used == 0
+    assert stats.preemptions > count // 20 and stats.prefix_hits > 2 * count and stats.pages_used == 0
 
     # What a row is under rotations by length is a function of its prompt's: decoding alone, all at once, tells.
     by_length = engine.config.rope.by_length
