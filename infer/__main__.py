@@ -1,12 +1,13 @@
-"""`python -m infer generate MODEL --prompt TEXT` or `python -m infer chat MODEL`; `--help` tells the rest."""
+"""`python -m infer generate | chat | serve MODEL`; `--help` tells the rest."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from infer.config import Chat, parse
+from infer.config import Chat, Serve, parse
 from qwen_jax.command import run_command
+from qwen_jax.errors import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,6 +18,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from infer import chat
 
         return chat.run(options)
+    if isinstance(options, Serve):
+        try:
+            from infer.server import run as serve
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"serving needs more packages ({error}): pip install 'qwen-jax[serve]'") from error
+        return serve.run(options)
     from infer import generate
 
     return generate.run(options)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from infer.config import DEFAULT_LENGTH, Chat
+from infer.config import Chat
 from infer.model import open_for
 from infer.terminal import FAINT, PLAIN, has_colour, safe, warn
 from qwen_jax.engine import Capacity, Completion, Request, generate
@@ -117,7 +117,7 @@ class Conversation:
         self._options = options
         self._num_answers = 0
         self._num_left_out = 0  # of the oldest messages after the system message: the model does not see them
-        self._length, asked = _length(options, self.opened.model.config.max_position), options.max_new_tokens
+        self._length, asked = self.opened.room(options.max_length), options.max_new_tokens
         if asked and asked >= self._length:
             raise ConfigError(f"--max-new-tokens {asked}: there are {self._length} positions, for the chat as well")
         self._limit = asked or self.opened.usage.max_new_tokens
@@ -228,13 +228,6 @@ class Conversation:
         if size is None or not isinstance(self.form, Format):
             return messages
         return window(self.opened.tokenizer, self.form, messages, max_window_size=size)
-
-
-def _length(options: Chat, max_position: int) -> int:
-    """Tokens that a chat has room for."""
-    if options.max_length and options.max_length > max_position:
-        raise ConfigError(f"--max-length {options.max_length}: the model has {max_position} positions")
-    return options.max_length or min(max_position, DEFAULT_LENGTH)
 
 
 def _num_system(messages: list[Message]) -> int:

@@ -25,7 +25,6 @@ class Options:
       thinking: False closes an empty thought before every answer.
       max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
         frequency_penalty: None for the model's own default; otherwise as in `qwen_jax.engine.Sampling`.
-      seed: of the random numbers.
     """
 
     model: str
@@ -42,7 +41,6 @@ class Options:
     repetition_penalty: float | None
     presence_penalty: float | None
     frequency_penalty: float | None
-    seed: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +55,7 @@ class Generate(Options):
       stop: strings that end a completion.
       n: completions per prompt.
       batch_size: completions made together.
+      seed: of the random numbers.
     """
 
     prompt: Sequence[str]
@@ -66,6 +65,7 @@ class Generate(Options):
     stop: Sequence[str]
     n: int
     batch_size: int
+    seed: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,15 +77,48 @@ class Chat(Options):
         DEFAULT_LENGTH.
       system: text of the system message; None for the format's own default.
       load: a saved chat to go on with.
+      seed: of the random numbers.
     """
 
     max_length: int | None
     system: str | None
     load: Path | None
+    seed: int
 
 
-# Tokens that there is room for unless more is asked for: some models have more positions than a device has memory.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve(Options):
+    """What `python -m infer serve` was asked for.
+
+    Attributes:
+      host, port: where it listens; port 0 is any that is free.
+      api_key, api_key_env, api_key_file: the key clients have to know, or where it is; at most one is not None.
+      served_model_name: what clients call the model; None for the name of its folder.
+      max_rows: completions made together.
+      max_waiting: completions that may wait; what comes when as many do is refused.
+      max_length: tokens of a prompt and its completion; None for what the model has positions for, up to
+        DEFAULT_LENGTH.
+      cache_tokens: tokens the cache has room for; None for FULL_ROWS completions of `max_length` tokens.
+      drain_seconds: what running answers get to end in, once the server is told to stop.
+    """
+
+    host: str
+    port: int
+    api_key: str | None
+    api_key_env: str | None
+    api_key_file: Path | None
+    served_model_name: str | None
+    max_rows: int
+    max_waiting: int
+    max_length: int | None
+    cache_tokens: int | None
+    drain_seconds: float
+
+
+# Tokens that there is room for unless more is asked for: some models have positions for more than a device can hold.
 DEFAULT_LENGTH = 32768
+# Completions of full length that a server's cache has room for unless more is asked for; most are a fraction as long.
+FULL_ROWS = 4
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 unexpected, 2 usage, 3 prompts or model, 4 file or permission, 5 numerical failure, "
@@ -93,7 +126,7 @@ EXIT_CODES = (
 )
 
 
-def parse(arguments: Sequence[str] | None = None) -> Generate | Chat:
+def parse(arguments: Sequence[str] | None = None) -> Generate | Chat | Serve:
     """The options in `arguments` (default: those of the process). Raises ConfigError for any it does not know."""
     parser = Parser(prog="python -m infer", description="Run a trained model.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -107,7 +140,7 @@ def parse(arguments: Sequence[str] | None = None) -> Generate | Chat:
     generate.set_defaults(command=Generate)
     _add_model(generate)
     _add_prompts(generate)
-    _add_sampling(generate)
+    _add_seed(_add_sampling(generate))
     chat = commands.add_parser(
         "chat",
         help="talk to a model",
@@ -117,14 +150,22 @@ def parse(arguments: Sequence[str] | None = None) -> Generate | Chat:
     )
     chat.set_defaults(command=Chat)
     _add_model(chat)
-    chat.add_argument(
-        "--max-length",
-        metavar="N",
-        type=_integer(2),
-        help=f"tokens to have room for, chat and answers (default: what the model can, at most {DEFAULT_LENGTH})",
-    )
+    _add_length(chat)
     _add_start(chat)
-    _add_sampling(chat)
+    _add_seed(_add_sampling(chat))
+    serve = commands.add_parser(
+        "serve",
+        help="answer requests over HTTP",
+        description="Answer the requests of OpenAI's API over HTTP, and show a page to chat on. SIGTERM and Ctrl-C let "
+        "running answers end first; a second one does not.",
+        epilog=EXIT_CODES,
+    )
+    serve.set_defaults(command=Serve)
+    _add_model(serve)
+    _add_address(serve)
+    _add_length(serve)
+    _add_limits(serve)
+    _add_sampling(serve)
     options = vars(parser.parse_args(arguments))
     return options.pop("command")(**options)
 
@@ -154,6 +195,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--no-thinking", dest="thinking", action="store_false", help="have a thinking model answer at once")
 
 
+def _add_length(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-length",
+        metavar="N",
+        type=_integer(2),
+        help="tokens to have room for, of a prompt and its answer "
+        f"(default: what the model can, at most {DEFAULT_LENGTH})",
+    )
+
+
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompt", metavar="TEXT", action="append", default=[], help="may be given several times")
@@ -181,7 +232,43 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--load", metavar="FILE", type=Path, help="go on with a saved chat")
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on; one others can reach needs a key (127.0.0.1)")
+    add("--port", metavar="N", type=_integer(0, 65535), default=8000, help="0 for any that is free (8000)")
+    add("--served-model-name", metavar="NAME", help="what clients call the model (default: the name of its folder)")
+    key = parser.add_mutually_exclusive_group()
+    key.add_argument("--api-key", metavar="KEY", help="what clients must send; other users of this machine can see it")
+    key.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the key")
+    key.add_argument("--api-key-file", metavar="FILE", type=Path, help="file that holds the key")
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--max-rows", metavar="N", type=_integer(1), default=16, help="completions made together (16)")
+    add(
+        "--max-waiting",
+        metavar="N",
+        type=_integer(0),
+        default=128,
+        help="completions that may wait for their turn; more are refused with 429 (128)",
+    )
+    add(
+        "--cache-tokens",
+        metavar="N",
+        type=_integer(1),
+        help=f"tokens the cache has room for (default: {FULL_ROWS} times --max-length)",
+    )
+    add(
+        "--drain-seconds",
+        metavar="S",
+        type=_integer(0),
+        default=30,
+        help="what running answers get to end in when the server is stopped (30)",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group(
         "how tokens are chosen", "Defaults are the model's own, in its generation_config.json; without one, as shown."
     )
@@ -190,7 +277,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         metavar="N",
         type=_integer(1),
-        help="most tokens to make (generate: 256; chat: what there is room for)",
+        help="most tokens to make (generate: 256; chat and serve: what there is room for)",
     )
     add("--temperature", metavar="T", type=float, help="0 takes the likeliest token (1)")
     add("--top-k", metavar="K", type=int, help="keep the K likeliest tokens (0: all)")
@@ -199,7 +286,12 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", metavar="X", type=float, help="above 1 against repetition (1: none)")
     add("--presence-penalty", metavar="X", type=float, help="against tokens made before, -2 to 2 (0: none)")
     add("--frequency-penalty", metavar="X", type=float, help="the same for each time they were made (0: none)")
-    add("--seed", metavar="N", type=_integer(0, 2**32 - 1), default=0, help="of the random numbers (default: 0)")
+    return group
+
+
+def _add_seed(group: argparse._ArgumentGroup) -> None:
+    seeds = _integer(0, 2**32 - 1)
+    group.add_argument("--seed", metavar="N", type=seeds, default=0, help="of the random numbers (default: 0)")
 
 
 def _integer(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -7,7 +7,7 @@ import sys
 
 import jax
 
-from infer.config import Options
+from infer.config import DEFAULT_LENGTH, Options
 from infer.terminal import warn
 from qwen_jax.engine import Capacity, Engine, Sampling, VerticalSlash, load
 from qwen_jax.errors import ConfigError
@@ -47,6 +47,13 @@ class Opened:
         if not options.thinking and not form.thinks:
             raise ConfigError(f"--no-thinking: chat format {form.name} has no thoughts; leave it out")
         return form
+
+    def room(self, max_length: int | None) -> int:
+        """Tokens that a prompt and its answer have room for, where --max-length asks for so many."""
+        max_position = self.model.config.max_position
+        if max_length and max_length > max_position:
+            raise ConfigError(f"--max-length {max_length}: the model has {max_position} positions")
+        return max_length or min(max_position, DEFAULT_LENGTH)
 
     def load(self, capacity: Capacity) -> Engine:
         """The engine, on the first device."""
