@@ -69,7 +69,7 @@ class ChatLogprobs(Logprobs):
         return {"content": content}
 
     def _token(self, token: int, logprob: float) -> Json:
-        data = self._tokenizer.token_bytes(token)
+        data = self._tokenizer.pieces[token]
         return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
 
 
@@ -86,7 +86,7 @@ class TextLogprobs(Logprobs):
 
     def _text(self, token: int) -> str:
         """As OpenAI writes it: bytes that are no text by themselves are spelled."""
-        data = self._tokenizer.token_bytes(token)
+        data = self._tokenizer.pieces[token]
         try:
             return data.decode()
         except UnicodeDecodeError:

@@ -104,7 +104,8 @@ def prepare_chat(served: Served, body: ChatBody) -> Prepared:
     request = _request(served, body, ids, _seed(body), stop_ids, served.max_new_tokens or served.max_length)
     requests, choices = [], []
     for row in range(body.num_rows):
-        constraint = grammar and grammar.constraint(thinks=may_think, in_thought=in_thought)
+        with blaming("response_format" if body.response_format else "tool_choice"):
+            constraint = grammar and grammar.constraint(thinks=may_think, in_thought=in_thought)
         requests.append(dataclasses.replace(request, row=row, constraint=constraint))
         if reacts:
             completion = ReactCompletion(Completion(tokenizer, stop_ids, [*body.stops, *REACT_STOPS]))

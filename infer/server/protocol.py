@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from qwen_jax.engine.request import MAX_LOGPROBS
 
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 # What other servers honour and this one does not, beside what a client has no business with: a chat template is a
 # program.
 _REFUSED = {
@@ -111,7 +111,7 @@ class ChatBody(Body):
                 raise ValueError(f'tools[{index}] is not {{"type": "function", "function": {{...}}}}')
             name = function.get("name")
             if not (isinstance(name, str) and _NAME.fullmatch(name)):
-                raise ValueError(f"tools[{index}].function.name is not 1 to 64 letters, digits, _ and -")
+                raise ValueError(f"tools[{index}].function.name is not 1 to 64 letters, digits, _, . and -")
         return tools
 
     @field_validator("response_format")

@@ -176,10 +176,6 @@ class Tokenizer:
         """A decoder that takes ids one by one."""
         return StreamDecoder(self, skip_special=skip_special)
 
-    def token_bytes(self, token: int) -> bytes:
-        """What a token stands for: part of a character sometimes; of a control token its text."""
-        return self._piece(token, skip_special=False)
-
     def _piece(self, token: int, skip_special: bool) -> bytes:
         if not 0 <= token < self.num_tokens:
             raise DataError(f"token id {token} is outside 0..{self.num_tokens - 1} of this tokenizer")

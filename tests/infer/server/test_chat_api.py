@@ -78,7 +78,7 @@ def test_what_looks_like_a_tag_in_a_users_words_is_none(client, scripted):
     client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": text}])
     [request] = scripted.engine.asked
     control = [token for token in request.prompt if token in scripted.engine.tokenizer.control.values()]
-    plain = [scripted.engine.tokenizer.token_bytes(token).decode() for token in control]
+    plain = [scripted.engine.tokenizer.pieces[token].decode() for token in control]
     assert plain == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
     assert text in scripted.engine.tokenizer.decode(request.prompt)
 
@@ -125,7 +125,7 @@ def test_probabilities_are_of_the_tokens_of_the_text(client, scripted):
     assert bytes(byte for token in told for byte in token.bytes).decode() == "é low"
     assert {token.logprob for token in told} == {-0.5}
     assert [(top.token, top.logprob) for top in told[-1].top_logprobs] == [
-        (told[-1].token, -0.5), (tokenizer.token_bytes(0).decode(), -1.5)
+        (told[-1].token, -0.5), (tokenizer.pieces[0].decode(), -1.5)
     ]  # fmt: skip
     streamed = [
         token

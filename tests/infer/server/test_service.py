@@ -121,7 +121,7 @@ def failing(engine, tagged, fails, patience):
     with run_server(engine, tagged, patience=patience, fails=True) as running:
         engine.runs.clear()
         streams = [begin(running, stream=True), begin(running, stream=False)]
-        running.wait_until(lambda: len(engine.asked) == 2)
+        running.wait_until(lambda: len(running.service._jobs) == 2)
         fails()
         stream, whole = (rest(connection) for connection in streams)
         running.thread.join(10)
