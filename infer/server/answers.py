@@ -12,6 +12,8 @@ from infer.server.prepare import Prepared
 from qwen_jax.engine import Token
 from qwen_jax.engine.structured import GrammarConstraint
 
+NOT_FINITE = "the model's logits are not finite (NaN or inf); the weights or the dtype cannot be used"
+
 Json = dict[str, Any]
 
 
@@ -46,7 +48,7 @@ class Answer:
     def push(self, row: int, token: Token) -> list[Json]:
         """The chunks of one more token. Raises ApiError where no answer can come of it."""
         if token.finish_reason == "error":
-            raise ApiError(500, "the model's logits are not finite (NaN or inf); its weights or dtype cannot be used")
+            raise ApiError(500, NOT_FINITE)
         pieces = self._prepared.choices[row].push(token)
         constraint = self._prepared.requests[row].constraint
         if isinstance(constraint, GrammarConstraint) and constraint.error:

@@ -20,6 +20,7 @@ import uvicorn
 
 from infer.config import FULL_ROWS, Serve
 from infer.model import Opened, open_for
+from infer.server.answers import NOT_FINITE
 from infer.server.app import make_app
 from infer.server.connection import Connection
 from infer.server.errors import MAX_HEAD
@@ -27,8 +28,8 @@ from infer.server.guard import Settings, is_loopback
 from infer.server.prepare import Served
 from infer.server.service import Service
 from infer.terminal import warn
-from qwen_jax.engine import Capacity
-from qwen_jax.errors import ConfigError, FileError
+from qwen_jax.engine import Capacity, Engine, Request
+from qwen_jax.errors import ConfigError, FileError, NumericalError
 from qwen_jax.text.chat import Format
 from qwen_jax.text.template import JinjaFormat
 from qwen_jax.weights import strict_json
@@ -52,6 +53,7 @@ def run(options: Serve) -> int:
         cache_tokens = options.cache_tokens or min(rows, FULL_ROWS) * length
         engine = opened.load(Capacity(max_rows=rows, max_length=length, cache_tokens=cache_tokens))
         opened.report()
+        _try(engine, served)
         service = Service(engine, max_rows=rows + options.max_waiting)
         max_body = min(_MORE_BYTES + _BYTES_PER_TOKEN * length, strict_json.MAX_BYTES)
         server = make_server(service, served, Settings(loopback=loopback, key=key, max_body=max_body))
@@ -60,6 +62,15 @@ def run(options: Serve) -> int:
         print(f"infer: serving {served.name} at http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr)
         asyncio.run(_serve_until_signal(server, service, listener, options.drain_seconds))
     return _code(service)
+
+
+def _try(engine: Engine, served: Served) -> None:
+    """Makes two tokens, which compiles what most requests need: a model that cannot run says so before it is asked."""
+    prompt, sampling = [served.tokenizer.end_of_text], served.sampling
+    engine.add(Request(prompt=prompt, max_new_tokens=2, sampling=sampling))
+    while engine.busy:
+        if any(token.finish_reason == "error" for token in engine.step()):
+            raise NumericalError(NOT_FINITE)
 
 
 def make_server(service: Service, served: Served, settings: Settings) -> uvicorn.Server:
