@@ -23,7 +23,7 @@ export async function listModels(key) {
 export async function* streamChat(request, key, signal) {
   const body = JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } });
   const response = await call("v1/chat/completions", key, { method: "POST", body, signal });
-  for await (const data of events(response.body.pipeThrough(new TextDecoderStream()).getReader())) {
+  for await (const data of events(response.body.getReader())) {
     if (data === "[DONE]") return;
     const chunk = parsed(data);
     if (chunk === undefined) throw new Failure("The server sent something that is no part of an answer.");
@@ -50,11 +50,12 @@ function failure({ status, statusText, headers }, body) {
 
 /** The data of server-sent events; a comment, which keeps a connection alive, has none. */
 async function* events(reader) {
+  const decoder = new TextDecoder();
   try {
     for (let held = ""; ; ) {
       const { done, value } = await reader.read();
       if (done) return;
-      const complete = (held + value).split(/\r?\n\r?\n/);
+      const complete = (held + decoder.decode(value, { stream: true })).split(/\r?\n\r?\n/);
       held = complete.pop();
       for (const event of complete) {
         const lines = event.split(/\r?\n/).filter((line) => line.startsWith("data:"));

@@ -11,6 +11,7 @@ const TABLE_RULE = /^\|?(?: *:?-+:? *\|)* *(?::?-+:? *)?$/;
 const MATH = { "\\[": "\\]", "\\(": "\\)", $$: "$$" };
 // Quotes and lists within each other: deeper ones are shown as they are written.
 const MOST_NESTED = 8;
+const FORMULA_LINES = 100;
 
 /** Shows `text` in `target`. Blocks that are there already stay: a selection in them outlives the next token. */
 export function render(target, text) {
@@ -63,7 +64,7 @@ function codeBlock(code, language) {
   return block;
 }
 
-// Formulas are shown as they are written: a formula ends before the next empty line, or it is none.
+// Formulas are shown as they are written: one has no empty line, and no more lines than FORMULA_LINES.
 const formula = {
   begins: (lines, at) => formula.end(lines, at) !== null,
   end(lines, at) {
@@ -71,10 +72,8 @@ const formula = {
     const close = first.startsWith("\\[") || first.startsWith("$$") ? MATH[first.slice(0, 2)] : null;
     if (close === null) return null;
     if (first.slice(2).includes(close)) return first.slice(2).endsWith(close) ? at + 1 : null;
-    for (let end = at + 1; end < lines.length && lines[end].trim(); end += 1) {
-      if (lines[end].includes(close)) return end + 1;
-    }
-    return null;
+    const line = lines.slice(at + 1, at + FORMULA_LINES).findIndex((line) => !line.trim() || line.includes(close));
+    return line >= 0 && lines[at + 1 + line].includes(close) ? at + line + 2 : null;
   },
   read(lines, at) {
     const end = formula.end(lines, at);
@@ -210,8 +209,8 @@ function element(name, ...content) {
 
 const TOKEN = /\\[\s\S]|`+|\*+|_+|~+|!?\[|<|https?:\/\/|\$\$|\n/g;
 const LINK = /!?\[([^[\]]{0,1000})\]\(<?([^\s()<>]*(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?: +"[^"\n]*")?\)/y;
-const BARE = /https?:\/\/[\w\-.~:/?#[\]@!$&'()*+,;=%]+/y;
-const ANGLED = /<(https?:\/\/[^\s<>]+)>/y;
+const BARE = /https?:\/\/[\w\-.~:/?#@!$&'()*+,;=%]{1,2000}/y;
+const ANGLED = /<(https?:\/\/[^\s<>]{1,2000})>/y;
 const BREAK = /<br *\/?>/y;
 const NAMES = { "*": "em", "**": "strong", _: "em", __: "strong", "~~": "del" };
 

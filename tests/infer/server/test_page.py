@@ -30,7 +30,7 @@ POLICY = (
     "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
-# Steps of an answer, beside its deltas: the connection breaks; nothing comes until the client goes.
+# Steps of an answer, beside its deltas: the connection breaks; nothing comes until the test lets it, or the client goes.
 CUT, HOLD = object(), object()
 # Seconds until what a test waits for counts as missing.
 PATIENCE = 20
@@ -44,7 +44,8 @@ class Server:
       answers: what the next requests get: the steps of an answer, or the response that refuses it.
       bodies: JSON of the requests so far.
       key: what requests must have, if anything.
-      left: set once a client has gone before its answer was complete.
+      go: set by a test that lets answers go on which are held.
+      left: set once an answer ended before it was complete.
     """
 
     def __init__(self) -> None:
@@ -59,7 +60,7 @@ class Server:
         self.answers: list = []
         self.bodies: list[dict] = []
         self.key = None
-        self.left = threading.Event()
+        self.go, self.left = threading.Event(), threading.Event()
 
     def _file(self, name: str):
         headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
@@ -77,20 +78,23 @@ class Server:
         answer = self._refuses(request) or self.answers.pop(0)
         if isinstance(answer, fastapi.Response):
             return answer
-        return fastapi.responses.StreamingResponse(self._stream(answer, request), media_type="text/event-stream")
+        return fastapi.responses.StreamingResponse(self._stream(answer), media_type="text/event-stream")
 
-    async def _stream(self, steps, request):
+    async def _stream(self, steps):
         yield sse(choices=[{"delta": {"role": "assistant", "content": ""}}])
-        for step in steps:
-            if step is CUT:
-                raise ConnectionError
-            if step is HOLD:
-                while not await request.is_disconnected():
-                    await asyncio.sleep(0.01)
-                self.left.set()
-                return
-            yield ": a comment\n\n"
-            yield sse(**step) if "error" in step else sse(choices=[{"delta": step}])
+        try:
+            for step in steps:
+                if step is CUT:
+                    raise ConnectionError
+                if step is HOLD:
+                    while not self.go.is_set():
+                        await asyncio.sleep(0.01)
+                else:
+                    yield ": a comment\n\n"
+                    yield sse(**step) if "error" in step else sse(choices=[{"delta": step}])
+        except (asyncio.CancelledError, GeneratorExit):
+            self.left.set()
+            raise
         yield sse(choices=[{"delta": {}, "finish_reason": "stop"}])
         yield sse(choices=[], usage=USAGE) + "data: [DONE]\n\n"
 
@@ -282,7 +286,7 @@ def test_an_answer_streams(page):
     page.key("Escape")
     page.wait("!document.body.classList.contains('busy')")
     page.ask("again", [{"reasoning_content": "hm"}, *says("One ", "**two**")])
-    assert page.texts(".assistant .text") == ["One two"]
+    assert page.texts(".assistant .text") == ["", "One two"]
     assert page.run("document.querySelectorAll('.thought[open]').length") == 0
     [note] = page.texts(".note")[1:]
     assert "3 tokens" in note and "tokens/s" in note and "prompt 7 tokens, 4 cached" in note
@@ -332,14 +336,16 @@ def test_stop_reaches_the_server_and_what_came_stays(page):
         (lambda: refusal(429, "too many", **{"Retry-After": "3"}), "too many Try again in 3 s.", ""),
         (lambda: refusal(500, "it\nbroke"), "it broke", ""),
         (lambda: fastapi.Response("<h1>proxy</h1>", 502), "The server failed: 502 Bad Gateway", ""),
-        (lambda: [*says("half"), CUT], "The connection broke before the answer was complete.", "half"),
+        (lambda: [*says("half"), HOLD, CUT], "The connection broke before the answer was complete.", "half"),
         (lambda: [*says("half"), {"error": {"message": "no pages"}}], "no pages", "half"),
     ],
 )
 def test_an_error_is_one_line_with_a_way_out(page, answer, line, kept):
-    page.ask("hi", answer())
-    assert page.texts(".error span") == [line]
-    assert page.texts(".assistant .text") == [kept]
+    page.begin("hi", answer())
+    page.wait(f"document.querySelector('.assistant .text')?.innerText === '{kept}'")
+    page.server.go.set()
+    page.wait("document.querySelector('.error').checkVisibility()")
+    assert page.texts(".error span") == [line] and page.texts(".assistant .text") == [kept]
     page.server.answers.append(says("whole"))
     page.click(".error button")
     page.wait("document.querySelector('.assistant .text')?.innerText === 'whole'")
@@ -529,7 +535,7 @@ def page_markdown(the_page):
 
 
 def test_markdown_as_it_streams_is_markdown_of_the_whole(page_markdown, the_page):
-    """And it loses no letter, and nothing in it takes long: of pieces in any order."""
+    """Of pieces in any order; it loses no letter, and is no slower than the text is long: else the browser is silent."""
     script = """(() => {
         const pieces = ['a', 'b', '*', '**', '_', '`', '```', '\\n', '\\n\\n', '- ', '  ', '1. ', '> ', '# ', '|', '|-|', '[',
             '](https://c.test)', '<', '>', '$$', '\\\\(', '\\\\)', '\\\\[', '~~', '\\t', '---', 'https://d.test', ' '];
@@ -540,8 +546,8 @@ def test_markdown_as_it_streams_is_markdown_of_the_whole(page_markdown, the_page
             for (const text of texts) render(target, text);
             return target;
         };
-        for (let round = 0; round < 300; round += 1) {
-            const parts = Array.from({length: 40}, draw);
+        for (let round = 0; round < 100; round += 1) {
+            const parts = Array.from({length: 25}, draw);
             const prefixes = parts.map((_, index) => parts.slice(0, index + 1).join(''));
             const whole = shown(prefixes.slice(-1));
             if (shown(prefixes).innerHTML !== whole.innerHTML) return prefixes.at(-1);
@@ -550,8 +556,7 @@ def test_markdown_as_it_streams_is_markdown_of_the_whole(page_markdown, the_page
             // The word after a fence names a language, and of it only the first is shown.
             if (!prefixes.at(-1).includes('```') && seen !== letters(prefixes.at(-1))) return [prefixes.at(-1), seen];
         }
-        for (const piece of [...pieces, '> - ', '[a](', '**a ', '`a', '``` ', '| a |\\n|-|\\n'])
-            shown([piece.repeat(20000)]);
+        for (const piece of ['](https://c.test)', '\\\\[\\na\\n', '[a](', '`a', '\\\\(']) shown([piece.repeat(50000)]);
         return null;
     })()"""
     assert the_page.run(script) is None
