@@ -136,7 +136,7 @@ function askForKey() {
 
 async function showModels() {
   const ids = await listModels(fields.key.value);
-  const chosen = $("model").value || kept("settings").model;
+  const chosen = $("model").value || kept("localStorage", "model");
   $("model").replaceChildren(...ids.map((id) => new Option(id, id)));
   if (ids.includes(chosen)) $("model").value = chosen;
   document.title = $("model").value;
@@ -159,38 +159,39 @@ function reconnect() {
 
 // What is kept in the browser: chat and settings in localStorage, the key for as long as the tab is open
 
-function kept(name) {
+function kept(place, name) {
   try {
-    return JSON.parse(localStorage.getItem(name)) ?? {};
+    return JSON.parse(window[place].getItem(name));
   } catch {
-    return {};
+    return null; // a browser may forbid it
   }
 }
 
-function keep(name, value) {
+function keep(place, name, value) {
   try {
-    localStorage.setItem(name, JSON.stringify(value));
+    window[place].setItem(name, JSON.stringify(value));
   } catch {
     tell("This browser cannot keep the chat: export it before you leave.", "Export", exportChat);
   }
 }
 
 function saveChat() {
-  keep("chat", { rows: rows() });
+  keep("localStorage", "chat", rows());
 }
 
 function saveSettings() {
   const { key, ...values } = Object.fromEntries(new FormData($("settings")));
-  sessionStorage.setItem("key", key);
-  keep("settings", { values, model: $("model").value || kept("settings").model });
+  keep("sessionStorage", "key", key);
+  keep("localStorage", "settings", values);
+  if ($("model").value) keep("localStorage", "model", $("model").value);
 }
 
 function restore() {
-  for (const [name, value] of Object.entries(kept("settings").values ?? {})) {
+  for (const [name, value] of Object.entries(kept("localStorage", "settings") ?? {})) {
     if (fields[name]) fields[name].value = value;
   }
-  fields.key.value = sessionStorage.getItem("key") ?? "";
-  const { rows = [] } = kept("chat");
+  fields.key.value = kept("sessionStorage", "key") ?? "";
+  const rows = kept("localStorage", "chat") ?? [];
   try {
     readChat(JSON.stringify({ messages: rows.map((row) => row.message) }));
     replace(rows);
@@ -271,7 +272,8 @@ function summary(turn, usage, reason, asked) {
     const { prompt_tokens: read, completion_tokens: made, prompt_tokens_details: details } = usage;
     parts.push(`${made} tokens`);
     // The first token is the prompt's work, the others come one after the other.
-    if (made > 1 && turn.ended > turn.began) parts.push(`${(((made - 1) * 1000) / (turn.ended - turn.began)).toFixed(1)} tokens/s`);
+    const rate = ((made - 1) * 1000) / (turn.ended - turn.began);
+    if (made > 1 && isFinite(rate)) parts.push(`${rate.toFixed(1)} tokens/s`);
     if (turn.began) parts.push(`first after ${seconds((turn.began - asked) / 1000)}`);
     parts.push(`prompt ${read} tokens${details?.cached_tokens ? `, ${details.cached_tokens} cached` : ""}`);
   }
@@ -279,11 +281,13 @@ function summary(turn, usage, reason, asked) {
 }
 
 async function copy(text, button) {
-  const label = button.textContent;
-  if (navigator.clipboard) await navigator.clipboard.writeText(text);
-  else copyInsecurely(text); // plain HTTP from another machine has no clipboard
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    copyInsecurely(text); // plain HTTP from another machine has no clipboard
+  }
   button.textContent = "Copied";
-  setTimeout(() => (button.textContent = label), 1500);
+  setTimeout(() => (button.textContent = "Copy"), 1500);
 }
 
 function copyInsecurely(text) {

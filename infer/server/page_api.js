@@ -34,7 +34,7 @@ export async function* streamChat(request, key, signal) {
 }
 
 async function call(path, key, options) {
-  const headers = { ...(options.body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };
+  const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
   const response = await fetch(path, { ...options, headers }).catch((error) => {
     throw error.name === "AbortError" ? error : new Failure(NO_ANSWER);
   });

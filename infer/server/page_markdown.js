@@ -45,7 +45,8 @@ const fence = {
     let end = at + 1;
     while (end < lines.length && !closes(lines[end].trim(), mark)) end += 1;
     const code = lines.slice(at + 1, end).map((line) => line.slice(Math.min(indent.length, indentOf(line))));
-    return { end: Math.min(end + 1, lines.length), build: () => codeBlock(code.join("\n"), info.trim().split(/\s/)[0]) };
+    const build = () => codeBlock(code.join("\n"), info.trim().split(/\s/)[0]);
+    return { end: Math.min(end + 1, lines.length), build };
   },
 };
 
@@ -91,8 +92,8 @@ const heading = {
   begins: (lines, at) => HEADING.test(lines[at]),
   read(lines, at) {
     const [, marks, text] = HEADING.exec(lines[at]);
-    // The page's own title is the first heading: a model's come after it.
-    return { end: at + 1, build: () => element(`h${Math.min(marks.length + 1, 6)}`, inline(text.replace(/ #+ *$/, ""))) };
+    const level = Math.min(marks.length + 1, 6); // the page's own title is the first
+    return { end: at + 1, build: () => element(`h${level}`, inline(text.replace(/ #+ *$/, ""))) };
   },
 };
 
@@ -124,8 +125,10 @@ const table = {
   },
 };
 
-const cells = (line) =>
-  line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "").split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
+function cells(line) {
+  const inner = line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "");
+  return inner.split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
+}
 
 function tableNode([names, marks, ...rows]) {
   const align = marks.map((mark) => (mark.endsWith(":") ? (mark.startsWith(":") ? "center" : "right") : ""));
@@ -152,7 +155,8 @@ const list = {
       end = next;
     }
     const build = () => {
-      const node = element(number === undefined ? "ul" : "ol", ...items.map((inner) => element("li", ...built(inner, depth))));
+      const name = number === undefined ? "ul" : "ol";
+      const node = element(name, ...items.map((inner) => element("li", ...built(inner, depth))));
       if (number !== undefined) node.start = Number(number);
       return node;
     };

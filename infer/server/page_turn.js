@@ -19,7 +19,7 @@ export function readChat(text) {
   }
   if (!Array.isArray(messages)) throw new Error("This file has no chat; one object {\"messages\": [...]} is wanted.");
   const wrong = messages.findIndex((message) => !isMessage(message));
-  if (wrong >= 0) throw new Error(`Message ${wrong + 1} of this file is none: it needs a role and a text as its content.`);
+  if (wrong >= 0) throw new Error(`Message ${wrong + 1} of this file is none: a role and a text are wanted.`);
   return messages;
 }
 
@@ -33,6 +33,8 @@ function isMessage(message) {
     (calls == null || (Array.isArray(calls) && calls.every((call) => typeof call?.function?.name === "string")))
   );
 }
+
+const newCall = (id) => ({ id, type: "function", function: { name: "", arguments: "" } });
 
 /** A message with its element. `note` is the line below an answer, `seconds` how long its thought took. */
 export class Turn {
@@ -66,7 +68,7 @@ export class Turn {
     if (content) message.content += content;
     for (const piece of calls ?? []) {
       message.tool_calls ??= [];
-      const call = (message.tool_calls[piece.index] ??= { id: piece.id, type: "function", function: { name: "", arguments: "" } });
+      const call = (message.tool_calls[piece.index] ??= newCall(piece.id));
       call.function.name += piece.function?.name ?? "";
       call.function.arguments += piece.function?.arguments ?? "";
     }
@@ -78,7 +80,8 @@ export class Turn {
     else if (role === "assistant") this.#drawAnswer();
     else {
       this.#part(".text").textContent = this.text;
-      this.#part("summary").textContent = role === "tool" ? `Result of ${this.message.name ?? "a tool"}` : "System prompt";
+      const tool = this.message.name ?? "a tool";
+      this.#part("summary").textContent = role === "tool" ? `Result of ${tool}` : "System prompt";
     }
   }
 
