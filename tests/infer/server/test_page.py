@@ -30,8 +30,9 @@ POLICY = (
     "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
-# Steps of an answer, beside its deltas: the connection breaks; nothing comes until the test lets it or the client goes.
-CUT, HOLD = object(), object()
+# Steps of an answer, beside deltas and bytes: the connection breaks; the answer ends without its last lines; nothing
+# comes until the test lets it, or the client goes.
+CUT, END, HOLD = object(), object(), object()
 # Seconds until what a test waits for counts as missing.
 PATIENCE = 20
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10, "prompt_tokens_details": {"cached_tokens": 4}}
@@ -87,9 +88,13 @@ class Server:
             for step in steps:
                 if step is CUT:
                     raise ConnectionError
+                if step is END:
+                    return
                 if step is HOLD:
                     while not self.go.is_set():
                         await asyncio.sleep(0.01)
+                elif isinstance(step, bytes):
+                    yield step
                 else:
                     yield ": a comment\n\n"
                     yield sse(**step) if "error" in step else sse(choices=[{"delta": step}])
@@ -100,8 +105,8 @@ class Server:
         yield sse(choices=[], usage=USAGE) + "data: [DONE]\n\n"
 
 
-def sse(**chunk) -> str:
-    return f"data: {json.dumps(chunk)}\n\n"
+def sse(*, ascii: bool = True, **chunk) -> str:
+    return f"data: {json.dumps(chunk, ensure_ascii=ascii)}\n\n"
 
 
 def refusal(status: int, message: str, **headers):
@@ -288,8 +293,13 @@ def test_an_answer_streams(page):
     assert page.texts("#stop, #send") == ["Stop"]
     page.key("Escape")
     page.wait("!document.body.classList.contains('busy')")
-    page.ask("again", [{"reasoning_content": "hm"}, *says("One ", "**two**")])
-    assert page.texts(".assistant .text") == ["", "One two"]
+    letter = sse(choices=[{"delta": {"content": " \N{SNOWMAN}"}}], ascii=False).encode()
+    at = letter.index("\N{SNOWMAN}".encode()) + 1
+    page.begin("again", [{"reasoning_content": "hm"}, *says("One ", "**two**"), letter[:at], HOLD, letter[at:]])
+    page.wait("[...document.querySelectorAll('.text')].at(-1).innerText === 'One two'")
+    page.server.go.set()
+    page.wait("!document.body.classList.contains('busy')")
+    assert page.texts(".assistant .text") == ["", "One two \N{SNOWMAN}"]
     assert page.run("document.querySelectorAll('.thought[open]').length") == 0
     [note] = page.texts(".note")[1:]
     assert "3 tokens" in note and "tokens/s" in note and "prompt 7 tokens, 4 cached" in note
@@ -343,6 +353,7 @@ def test_stop_reaches_the_server_and_what_came_stays(page):
         (lambda: refusal(500, "it\nbroke"), "it broke", ""),
         (lambda: fastapi.Response("<h1>proxy</h1>", 502), "The server failed: 502 Bad Gateway", ""),
         (lambda: [*says("half"), HOLD, CUT], "The connection broke before the answer was complete.", "half"),
+        (lambda: [*says("half"), END], "The connection broke before the answer was complete.", "half"),
         (lambda: [*says("half"), {"error": {"message": "no pages"}}], "no pages", "half"),
     ],
 )
@@ -377,6 +388,10 @@ def test_a_key_is_asked_for_and_forgotten_with_the_tab(page):
     page.wait("!document.querySelector('#notice').hidden")
     page.ask("hi", says("never"))
     assert page.texts(".error span") == ["no key for you"]
+    page.fill("key", "sesame")
+    page.ask("now", says("in"))
+    roles = [message["role"] for message in page.server.bodies[-1]["messages"]]
+    assert roles == ["user", "assistant", "user", "user"]
 
 
 def test_regenerate_edit_and_copy(page):
@@ -586,7 +601,7 @@ def test_markdown_as_it_streams_is_markdown_of_the_whole(page_markdown, the_page
             // The word after a fence names a language, and of it only the first is shown.
             if (!prefixes.at(-1).includes('```') && seen !== letters(prefixes.at(-1))) return [prefixes.at(-1), seen];
         }
-        for (const piece of ['](https://c.test)', '\\\\[\\na\\n', '\\\\(']) shown([piece.repeat(30000)]);
+        for (const piece of ['(https://c:d)', '\\\\[\\na\\n', '\\\\(']) shown([piece.repeat(30000)]);
         return null;
     })()"""
     assert the_page.run(script) is None
