@@ -34,7 +34,9 @@ export async function* streamChat(request, key, signal) {
 }
 
 async function call(path, key, options) {
-  const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+  // A header is made of bytes: the browser takes each character for one.
+  const bytes = String.fromCharCode(...new TextEncoder().encode(key));
+  const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${bytes}` }) };
   const response = await fetch(path, { ...options, headers }).catch((error) => {
     throw error.name === "AbortError" ? error : new Failure(NO_ANSWER);
   });

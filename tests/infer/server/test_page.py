@@ -69,8 +69,8 @@ class Server:
         return fastapi.responses.FileResponse(PAGE / name, headers=headers)
 
     def _refuses(self, request: fastapi.Request):
-        given = request.headers.get("authorization")
-        return refusal(401, "no key for you") if self.key and given != f"Bearer {self.key}" else None
+        given = request.headers.get("authorization", "").encode("latin-1")
+        return refusal(401, "no key for you") if self.key and given != f"Bearer {self.key}".encode() else None
 
     def _models(self, request: fastapi.Request):
         return self._refuses(request) or {"data": [{"id": name} for name in self.models]}
@@ -371,24 +371,24 @@ def test_an_error_is_one_line_with_a_way_out(page, answer, line, kept):
 
 
 def test_a_key_is_asked_for_and_forgotten_with_the_tab(page):
-    page.server.key = "sesame"
+    page.server.key = "sésame"
     page.open()
     page.wait("!document.querySelector('#notice').hidden")
     assert "wants an API key" in page.texts("#notice")[0]
     page.click("#notice button")
     assert page.run("document.activeElement.name") == "key"
-    page.fill("key", "sesame")
+    page.fill("key", "sésame")
     page.wait("document.title === 'tiny' && document.querySelector('#notice').hidden")
     page.key("Escape")
     page.ask("hi", says("in"))
     assert page.texts(".assistant .text") == ["in"]
-    assert "sesame" not in page.run("JSON.stringify(localStorage)")
-    assert page.run("sessionStorage.getItem('key')") == '"sesame"'
+    assert "sésame" not in page.run("JSON.stringify(localStorage)")
+    assert page.run("sessionStorage.getItem('key')") == '"sésame"'
     page.fill("key", "wrong")
     page.wait("!document.querySelector('#notice').hidden")
     page.ask("hi", says("never"))
     assert page.texts(".error span") == ["no key for you"]
-    page.fill("key", "sesame")
+    page.fill("key", "sésame")
     page.ask("now", says("in"))
     roles = [message["role"] for message in page.server.bodies[-1]["messages"]]
     assert roles == ["user", "assistant", "user", "user"]
