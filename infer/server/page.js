@@ -56,8 +56,8 @@ async function answer() {
       drawSoon(turn);
     }
   } catch (error) {
-    if (!abort.signal.aborted) turn.error = oneLine(error);
-    reason = abort.signal.aborted ? "stopped" : "failed";
+    if (abort.signal.aborted) reason = "stopped";
+    else turn.error = oneLine(error);
     if (error.status === 401) askForKey();
   }
   turn.note = summary(turn, usage, reason, asked);
@@ -228,12 +228,14 @@ async function importChat() {
 let toDraw = null; // the turn that changed since the last frame
 
 function drawSoon(turn) {
-  if (!toDraw) requestAnimationFrame(() => {
+  const isAsked = toDraw !== null;
+  toDraw = turn;
+  if (isAsked) return;
+  requestAnimationFrame(() => {
     toDraw?.draw();
     toDraw = null;
     follow();
   });
-  toDraw = turn;
 }
 
 function showBusy(turn, busy) {
