@@ -20,11 +20,8 @@ ONLY_IN = {
     "grain": ["train"],
     "orbax": ["qwen_jax/weights"],
     "safetensors": ["qwen_jax/weights"],
-<<<<<<< HEAD
     "llguidance": ["qwen_jax/engine/structured"],
-=======
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "h11", "pydantic", "prometheus_client"), ["infer/server"]),
->>>>>>> 37a1f6b (Server: docs, load benchmark)
     # The command that compares a forward pass with theirs, where a user has them.
     "torch": ["tests", "benchmarks", "qwen_jax/weights/forward.py"],
     "transformers": ["tests", "benchmarks", "qwen_jax/weights/forward.py"],
