@@ -115,7 +115,7 @@ class Serve(Options):
     drain_seconds: float
 
 
-# Tokens that there is room for unless more is asked for: some models have positions for more than a device can hold.
+# Tokens that there is room for unless more is asked for: some models have more positions than a device has memory.
 DEFAULT_LENGTH = 32768
 # Completions of full length that a server's cache has room for unless more is asked for; most are a fraction as long.
 FULL_ROWS = 4

@@ -158,6 +158,7 @@ def run_server(
         await serve(server, service, listener, stop, drain_seconds=drain_seconds)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # what is not read is felt early
         port = listener.getsockname()[1]
         thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
         thread.start()
@@ -166,6 +167,8 @@ def run_server(
         try:
             yield running
         finally:
+            if isinstance(engine, ScriptedEngine):
+                engine.runs.set()
             with contextlib.suppress(RuntimeError):  # it may have ended by itself
                 running.stop()
             thread.join(20)

@@ -69,6 +69,20 @@ def test_a_row_is_cancelled_within_a_step(scripted):
     assert engine.num_steps <= steps + 1
 
 
+def test_who_goes_away_while_the_row_is_added_leaves_none(scripted, monkeypatch):
+    engine, added, adds = scripted.engine, threading.Event(), threading.Event()
+    engine.says, engine.pause = lambda request: "low " * 400, 0.002
+    add = engine.add
+    monkeypatch.setattr(engine, "add", lambda request: (adds.set(), added.wait(10), add(request))[-1])
+    connection = begin(scripted)
+    assert adds.wait(10)
+    connection.close()
+    scripted.wait_until(lambda: not scripted.service._jobs)
+    added.set()
+    scripted.wait_until(lambda: engine.cancelled == [0])
+    assert engine.num_steps < 50
+
+
 def test_what_cannot_wait_is_refused_at_once_and_the_others_are_not_harmed(scripted):
     engine = scripted.engine
     engine.runs.clear()
@@ -127,6 +141,7 @@ def failing(engine, tagged, fails, patience):
         running.thread.join(10)
         assert not running.thread.is_alive()
         engine.runs.set()
+        running.service._thread.join(10)
         return running.service, stream, whole
 
 
