@@ -252,7 +252,7 @@ class Page:
 def opened(folder: Path):
     """A page, with its browser and its server."""
     server = Server()
-    config = uvicorn.Config(server.app, port=0, log_level="critical", ws="none", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(server.app, port=0, log_config=None, ws="none", timeout_graceful_shutdown=1)
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run)
     thread.start()
