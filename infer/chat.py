@@ -10,16 +10,18 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from infer.config import Chat
+from infer.config import DEFAULT_TOOL_ROUNDS, Chat
+from infer.dialects import Message, dialect
 from infer.model import open_for
-from infer.terminal import FAINT, PLAIN, has_colour, safe, warn
-from qwen_jax.engine import Capacity, Completion, Request, generate
-from qwen_jax.errors import ConfigError, DataError, FileError, ModelError
+from infer.terminal import FAINT, PLAIN, has_colour, note, safe, warn
+from infer.tools import Toolbox
+from qwen_jax.engine import Capacity, Request, generate
+from qwen_jax.errors import ConfigError, DataError, FileError, ModelError, SandboxError
 from qwen_jax.text.chat import Format, encode, text_of, window
+from qwen_jax.text.messages import Call
 from qwen_jax.weights.usage import turn_ends
 
 HELP = """\
@@ -31,12 +33,14 @@ HELP = """\
 /exit         leave
 Any other line is a message. One that ends in \\ goes on in the next line; a space before / makes it no command."""
 
-Message = Mapping[str, Any]
-
 
 def run(options: Chat) -> int:
     """Talks until the input ends; the exit code."""
-    chat = Conversation(options)
+    with contextlib.closing(Conversation(options)) as chat:
+        return _talk(chat)
+
+
+def _talk(chat: Conversation) -> int:
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     sys.stdin.reconfigure(errors="surrogateescape")  # text that is not UTF-8 gets its line as any other bad message
     sys.stdout.reconfigure(errors="replace")
@@ -53,7 +57,7 @@ def run(options: Chat) -> int:
             if interactive:
                 print()
             return 0
-        except (ConfigError, DataError, FileError, ModelError) as error:
+        except (ConfigError, DataError, FileError, ModelError, SandboxError) as error:
             print(f"infer: error: {error}", file=sys.stderr)
 
 
@@ -115,6 +119,8 @@ class Conversation:
         self.form = self.opened.chat_format()
         self.messages: list[Message] = []
         self._options = options
+        self._tools, self._tool_rounds = _toolbox(options)
+        self._dialect = dialect(self.form, self._tools)
         self._num_answers = 0
         self._num_left_out = 0  # of the oldest messages after the system message: the model does not see them
         self._length, asked = self.opened.room(options.max_length), options.max_new_tokens
@@ -150,10 +156,16 @@ class Conversation:
         self.messages = self.messages[: _num_system(self.messages)]
         self._num_left_out = 0
 
+    def close(self) -> None:
+        """Ends the tools."""
+        if self._tools is not None:
+            self._tools.close()
+
     def save(self, path: Path) -> None:
         """Writes one line of JSON, a row that training reads."""
+        row = {"messages": self.messages, **({"tools": self._tools.schemas} if self._tools else {})}
         try:
-            path.expanduser().write_text(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n", "utf-8")
+            path.expanduser().write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
         except OSError as error:
             raise FileError(f"cannot write {path}: {error.strerror}") from error
 
@@ -165,21 +177,36 @@ class Conversation:
             raise FileError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not one chat in JSON ({error})") from error
-        if not isinstance(row, dict) or row.keys() != {"messages"}:
+        if not isinstance(row, dict) or row.keys() - {"tools"} != {"messages"}:
             found = f"keys {', '.join(row)}" if isinstance(row, dict) else type(row).__name__
             raise DataError(f'{path} has {found}; an object with "messages" and nothing else is wanted')
+        if row.get("tools", []) != (self._tools.schemas if self._tools and "tools" in row else []):
+            raise DataError(f"{path} has tools that are not those of this chat; begin it with the same --tools")
         try:
-            self.form.render(row["messages"], add_generation_prompt=True)
+            self._dialect.pieces(row["messages"], None)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
         self.messages = row["messages"]
         self._num_left_out = 0
 
     def _answer(self, messages: list[Message]) -> None:
-        """Streams an answer to `messages`, which with it become the chat."""
+        """Streams an answer to `messages`, which with it become the chat; after calls of tools, another."""
+        for left in reversed(range(self._tool_rounds + 1)):
+            answer, calls = self._speak(messages)
+            if answer is None:
+                return
+            results, goes_on = self._call(calls) if left else (["not run: too many calls in a row"] * len(calls), False)
+            self.messages = messages = self._dialect.extended(messages, answer, results)
+            if not (calls and goes_on):
+                break
+        if calls and not left:
+            warn(f"the model called tools after {self._tool_rounds} rounds of calls; --max-tool-rounds sets that")
+
+    def _speak(self, messages: list[Message]) -> tuple[Message | None, Sequence[Call]]:
+        """Streams one answer and gives it, with its calls; None if it was interrupted before it began."""
         ids, in_thought = self._prompt(messages)
         limit = min(self._limit or sys.maxsize, self._length - len(ids))
-        completion = Completion(self.opened.tokenizer, self._stop_ids, ())
+        completion = self._dialect.completion(self.opened.tokenizer, self._stop_ids, in_thought)
         screen = _Screen(thinks=self.form.thinks, in_thought=in_thought)
         request = Request(
             prompt=ids,
@@ -199,9 +226,24 @@ class Conversation:
         if completion.finish_reason == "length":
             reason = "--max-new-tokens sets that" if limit == self._limit else "the model has no more positions"
             warn(f"the answer was cut after {limit} tokens; {reason}")
-        if completion.text or completion.finish_reason != "interrupted":
-            text = "<think>\n" * in_thought + completion.text
-            self.messages = [*messages, _message(text) if self.form.thinks else _plain(text)]
+        if not completion.text and completion.finish_reason == "interrupted":
+            return None, ()
+        answer, calls = self._dialect.read(completion, in_thought)
+        if completion.finish_reason != "stop":  # a call may be cut, too
+            return {field: value for field, value in answer.items() if field != "tool_calls"}, ()
+        return answer, calls
+
+    def _call(self, calls: Sequence[Call]) -> tuple[list[str], bool]:
+        """Results of calls, and whether the answer goes on: Ctrl-C stops a tool, and with it the answer."""
+        results: list[str] = []
+        for call in calls:
+            note(f"{call.name} {call.arguments}")
+            try:
+                results.append(self._tools.call(call))
+            except KeyboardInterrupt:
+                return results + ["stopped by the user"] * (len(calls) - len(results)), False
+            note(results[-1])
+        return results, True
 
     def _prompt(self, messages: list[Message]) -> tuple[list[int], bool]:
         """Ids of the newest of `messages` that leave room for an answer, and whether it begins within a thought."""
@@ -209,7 +251,7 @@ class Conversation:
         kept = self._window([*messages[:first], *messages[first + self._num_left_out :]])
         while True:
             thinking = None if self._options.thinking else False
-            pieces = self.form.render(kept, add_generation_prompt=True, enable_thinking=thinking)
+            pieces = self._dialect.pieces(kept, thinking)
             ids = encode(self.opened.tokenizer, pieces).ids
             if len(ids) <= self._room:
                 break
@@ -234,16 +276,14 @@ def _num_system(messages: list[Message]) -> int:
     return int(bool(messages) and messages[0]["role"] == "system")
 
 
-def _plain(text: str) -> Message:
-    return {"role": "assistant", "content": text}
-
-
-def _message(text: str) -> Message:
-    """The message of an answer that may begin with a thought, which an interruption may have left open."""
-    if not text.startswith("<think>"):
-        return _plain(text)
-    thought, _, content = text.removeprefix("<think>").partition("</think>")
-    return {**_plain(content.lstrip("\n")), "reasoning_content": thought.strip("\n")}
+def _toolbox(options: Chat) -> tuple[Toolbox | None, int]:
+    """The tools of a chat, and how often in a row the model may call them."""
+    if options.tools is None and not options.code_interpreter:
+        if options.max_tool_rounds is not None or options.allow_weak_sandbox:
+            raise ConfigError("--max-tool-rounds and --allow-weak-sandbox are for --tools or --code-interpreter")
+        return None, 0
+    tools = Toolbox(options.tools, interpreter=options.code_interpreter, allow_weak=options.allow_weak_sandbox)
+    return tools, options.max_tool_rounds or DEFAULT_TOOL_ROUNDS
 
 
 class _Screen:

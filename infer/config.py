@@ -78,12 +78,20 @@ class Chat(Options):
       system: text of the system message; None for the format's own default.
       load: a saved chat to go on with.
       seed: of the random numbers.
+      tools: a Python file of functions that the model may call.
+      code_interpreter: whether the model may run Python code.
+      max_tool_rounds: answers in a row that may call tools; None for DEFAULT_TOOL_ROUNDS.
+      allow_weak_sandbox: whether tools run on a machine that cannot hide its files from them.
     """
 
     max_length: int | None
     system: str | None
     load: Path | None
     seed: int
+    tools: Path | None
+    code_interpreter: bool
+    max_tool_rounds: int | None
+    allow_weak_sandbox: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +128,8 @@ DEFAULT_LENGTH = 32768
 # Completions of full length that a server's cache has room for unless more is asked for; most are a fraction as long.
 FULL_ROWS = 4
 
+DEFAULT_TOOL_ROUNDS = 8
+
 EXIT_CODES = (
     "exit codes: 0 done, 1 unexpected, 2 usage, 3 prompts or model, 4 file or permission, 5 numerical failure, "
     "130 interrupted"
@@ -152,6 +162,7 @@ def parse(arguments: Sequence[str] | None = None) -> Generate | Chat | Serve:
     _add_model(chat)
     _add_length(chat)
     _add_start(chat)
+    _add_tools(chat)
     _add_seed(_add_sampling(chat))
     serve = commands.add_parser(
         "serve",
@@ -230,6 +241,31 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--system", metavar="TEXT", help="the system message (default: the format's own)")
     start.add_argument("--load", metavar="FILE", type=Path, help="go on with a saved chat")
+
+
+def _add_tools(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "tools", "What the model calls runs in a sandbox: no network, none of your files."
+    )
+    add = group.add_argument
+    add(
+        "--tools",
+        metavar="FILE",
+        type=Path,
+        help="a Python file; the model may call its functions, which need type hints and docstrings",
+    )
+    add("--code-interpreter", action="store_true", help="the model may run Python code, whose variables stay")
+    add(
+        "--max-tool-rounds",
+        metavar="N",
+        type=_integer(1),
+        help=f"answers in a row that may call tools (default: {DEFAULT_TOOL_ROUNDS})",
+    )
+    add(
+        "--allow-weak-sandbox",
+        action="store_true",
+        help="run tools even where this machine cannot hide your files from them",
+    )
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:

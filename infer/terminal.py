@@ -28,3 +28,10 @@ def safe(text: str) -> str:
 
 def warn(line: str) -> None:
     print(f"infer: warning: {line}", file=sys.stderr)
+
+
+def note(text: str) -> None:
+    """Tells on standard error what a tool is asked and answers, which is no text of the model's to its user."""
+    if sys.stderr.isatty():
+        text = text.translate(_PICTURES)
+    print(faint(text), file=sys.stderr)

@@ -240,13 +240,13 @@ def test_help_is_there_without_jax():
 SLOWLY = """
 import fcntl, runpy, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-import infer.chat
-class Slow(infer.chat.Completion):
+import infer.dialects
+class Slow(infer.dialects.Completion):
     def push(self, token):
         time.sleep(0.1)
         super().push(token)
         return "."
-infer.chat.Completion = Slow
+infer.dialects.Completion = Slow
 sys.argv = ["infer", "chat", *sys.argv[1:]]
 runpy.run_module("infer", run_name="__main__")
 """
