@@ -36,8 +36,8 @@ Any other line is a message. One that ends in \\ goes on in the next line; a spa
 
 def run(options: Chat) -> int:
     """Talks until the input ends; the exit code."""
-    with contextlib.closing(Conversation(options)) as chat:
-        return _talk(chat)
+    with contextlib.closing(_toolbox(options)) as tools:
+        return _talk(Conversation(options, tools))
 
 
 def _talk(chat: Conversation) -> int:
@@ -114,13 +114,13 @@ class Conversation:
       messages: all of it, as OpenAI and TRL write messages.
     """
 
-    def __init__(self, options: Chat) -> None:
+    def __init__(self, options: Chat, tools: Toolbox) -> None:
         self.opened = open_for(options)
         self.form = self.opened.chat_format()
         self.messages: list[Message] = []
         self._options = options
-        self._tools, self._tool_rounds = _toolbox(options)
-        self._dialect = dialect(self.form, self._tools)
+        self._tools, self._tool_rounds = tools, options.max_tool_rounds or DEFAULT_TOOL_ROUNDS
+        self._dialect = dialect(self.form, tools)
         self._num_answers = 0
         self._num_left_out = 0  # of the oldest messages after the system message: the model does not see them
         self._length, asked = self.opened.room(options.max_length), options.max_new_tokens
@@ -156,14 +156,10 @@ class Conversation:
         self.messages = self.messages[: _num_system(self.messages)]
         self._num_left_out = 0
 
-    def close(self) -> None:
-        """Ends the tools."""
-        if self._tools is not None:
-            self._tools.close()
-
     def save(self, path: Path) -> None:
         """Writes one line of JSON, a row that training reads."""
-        row = {"messages": self.messages, **({"tools": self._tools.schemas} if self._tools else {})}
+        schemas = self._dialect.schemas
+        row = {"messages": self.messages} | ({"tools": schemas} if schemas else {})
         try:
             path.expanduser().write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
         except OSError as error:
@@ -177,11 +173,12 @@ class Conversation:
             raise FileError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not one chat in JSON ({error})") from error
-        if not isinstance(row, dict) or row.keys() - {"tools"} != {"messages"}:
+        schemas = self._dialect.schemas
+        if not isinstance(row, dict) or row.keys() - ({"tools"} if schemas else set()) != {"messages"}:
             found = f"keys {', '.join(row)}" if isinstance(row, dict) else type(row).__name__
             raise DataError(f'{path} has {found}; an object with "messages" and nothing else is wanted')
-        if row.get("tools", []) != (self._tools.schemas if self._tools and "tools" in row else []):
-            raise DataError(f"{path} has tools that are not those of this chat; begin it with the same --tools")
+        if row.get("tools", schemas) != schemas:
+            raise DataError(f"{path} has tools that are not those of this chat; begin with the same --tools")
         try:
             self._dialect.pieces(row["messages"], None)
         except DataError as error:
@@ -216,9 +213,11 @@ class Conversation:
             row=self._num_answers,
             stop_ids=self._stop_ids,
         )
+        interrupted = False
         try:
             generate(self._engine, [request], [completion], show=lambda index, piece: screen.show(piece))
         except KeyboardInterrupt:
+            interrupted = True
             screen.show(completion.end("interrupted"))
         finally:
             screen.close()
@@ -226,10 +225,10 @@ class Conversation:
         if completion.finish_reason == "length":
             reason = "--max-new-tokens sets that" if limit == self._limit else "the model has no more positions"
             warn(f"the answer was cut after {limit} tokens; {reason}")
-        if not completion.text and completion.finish_reason == "interrupted":
+        if interrupted and not completion.text:
             return None, ()
         answer, calls = self._dialect.read(completion, in_thought)
-        if completion.finish_reason != "stop":  # a call may be cut, too
+        if interrupted or completion.finish_reason == "length":  # which may have cut a call, too
             return {field: value for field, value in answer.items() if field != "tool_calls"}, ()
         return answer, calls
 
@@ -276,14 +275,11 @@ def _num_system(messages: list[Message]) -> int:
     return int(bool(messages) and messages[0]["role"] == "system")
 
 
-def _toolbox(options: Chat) -> tuple[Toolbox | None, int]:
-    """The tools of a chat, and how often in a row the model may call them."""
-    if options.tools is None and not options.code_interpreter:
-        if options.max_tool_rounds is not None or options.allow_weak_sandbox:
-            raise ConfigError("--max-tool-rounds and --allow-weak-sandbox are for --tools or --code-interpreter")
-        return None, 0
-    tools = Toolbox(options.tools, interpreter=options.code_interpreter, allow_weak=options.allow_weak_sandbox)
-    return tools, options.max_tool_rounds or DEFAULT_TOOL_ROUNDS
+def _toolbox(options: Chat) -> Toolbox:
+    """The tools that the options name."""
+    if not (options.tools or options.code_interpreter) and (options.max_tool_rounds or options.allow_weak_sandbox):
+        raise ConfigError("--max-tool-rounds and --allow-weak-sandbox are for --tools or --code-interpreter")
+    return Toolbox(options.tools, interpreter=options.code_interpreter, allow_weak=options.allow_weak_sandbox)
 
 
 class _Screen:

@@ -41,9 +41,15 @@ _QWEN1_INTERPRETER = {
 
 @dataclass(frozen=True)
 class Plain:
-    """A chat without tools."""
+    """A chat without tools.
+
+    Attributes:
+      form: the chat format.
+      schemas: of the tools that the prompt tells of.
+    """
 
     form: Format | JinjaFormat
+    schemas: Schemas = ()
 
     def pieces(self, messages: Sequence[Message], thinking: bool | None) -> list[Piece]:
         """The prompt that `messages` make."""
@@ -70,8 +76,6 @@ class Plain:
 class Native(Plain):
     """Calls between the control tokens of Qwen2.5 and Qwen3; several at once."""
 
-    schemas: Schemas
-
     def pieces(self, messages: Sequence[Message], thinking: bool | None) -> list[Piece]:
         return self.form.render(messages, tools=self.schemas, add_generation_prompt=True, enable_thinking=thinking)
 
@@ -88,8 +92,6 @@ class Native(Plain):
 @dataclass(frozen=True)
 class React(Plain):
     """Calls in plain words, one at a time, by models whose chats know no tools: Qwen to Qwen2."""
-
-    schemas: Schemas
 
     def pieces(self, messages: Sequence[Message], thinking: bool | None) -> list[Piece]:
         tools = [_QWEN1_INTERPRETER if tool["function"]["name"] == INTERPRETER else tool for tool in self.schemas]
@@ -135,12 +137,11 @@ class MathCode(Plain):
         return [*messages, _plain(text)]
 
 
-def dialect(form: Format | JinjaFormat, tools: Toolbox | None) -> Plain:
+def dialect(form: Format | JinjaFormat, tools: Toolbox) -> Plain:
     """How a model with this chat format is given `tools`. Raises ConfigError if it cannot be."""
-    if tools is None:
+    if not tools.schemas:
         return Plain(form)
-    names = [schema["function"]["name"] for schema in tools.schemas]
-    if form.name == "qwen2.5-math" and names == [INTERPRETER]:
+    if form.name == "qwen2.5-math" and [tool["function"]["name"] for tool in tools.schemas] == [INTERPRETER]:
         return MathCode(form)
     if form.tools:
         return Native(form, tools.schemas)

@@ -60,14 +60,18 @@ class Toolbox:
         self._sessions: list[Session] = []
         self._functions: _Functions | None = None
         self._interpreter: Session | None = None
-        if functions is not None:
-            self._functions = _Functions(functions, self._open(allow_weak))
-            self.schemas += self._functions.schemas
-        if interpreter:
-            if INTERPRETER in self._names():
-                raise ConfigError(f"{functions} has a function {INTERPRETER}, which is the name of --code-interpreter")
-            self._interpreter = self._open(allow_weak)
-            self.schemas.append(_INTERPRETER_SCHEMA)
+        try:
+            if functions is not None:
+                self._functions = _Functions(functions, self._open(allow_weak))
+                self.schemas += self._functions.schemas
+            if interpreter:
+                if INTERPRETER in self._names():
+                    raise ConfigError(f"{functions}: {INTERPRETER} is the name of --code-interpreter's own tool")
+                self._interpreter = self._open(allow_weak)
+                self.schemas.append(_INTERPRETER_SCHEMA)
+        except BaseException:
+            self.close()
+            raise
 
     def call(self, call: Call) -> str:
         """What a call gives: its result, or what is wrong, for the model to read. Nobody vouches for what it says."""
@@ -109,7 +113,7 @@ class _Functions:
         except ValueError as error:
             raise DataError(f"{path} is not UTF-8 text") from error
         self._session = session
-        self._cells = [_CHILD.read_text("utf-8"), f"load({source!r}, {path.name!r})"]
+        self._cell = f"load({source!r}, {path.name!r})"
         result = self._load()
         if result.reason != "ok":
             raise DataError(f"{path}: {_last_line(result.stderr) or _ENDS[result.reason]}")
@@ -118,22 +122,17 @@ class _Functions:
             raise DataError(f"{path} defines no function whose name begins without an underscore")
 
     def call(self, call: Call) -> str:
-        if not self._loaded and (result := self._load()).reason != "ok":
+        if not self._session.alive and (result := self._load()).reason != "ok":
             return f"error: {_last_line(result.stderr) or _ENDS[result.reason]}"
         result = self._session.run(f"call({call.name!r}, {call.arguments!r})")
-        self._loaded = result.reason in ("ok", "error")
         if result.reason == "ok":
             return result.stdout
-        return f"{result.stdout}error: {_last_line(result.stderr) if self._loaded else _ENDS[result.reason]}"
+        return f"{result.stdout}error: {_ENDS.get(result.reason) or _last_line(result.stderr)}"
 
     def _load(self) -> Result:
         """Runs the file in a new interpreter; its last line of output is the schemas."""
-        result = self._session.run(self._cells[0])
-        for cell in self._cells[1:]:
-            if result.reason == "ok":
-                result = self._session.run(cell)
-        self._loaded = result.reason == "ok"
-        return result
+        result = self._session.run(_CHILD.read_text("utf-8"))
+        return self._session.run(self._cell) if result.reason == "ok" else result
 
 
 def _read_schemas(output: str) -> list[dict[str, Any]]:

@@ -21,8 +21,7 @@ _functions: dict = {}
 
 def load(source: str, name: str) -> None:
     """Runs a file of functions, and prints the schemas of those that it defines and that begin with no underscore."""
-    module = types.ModuleType(name.removesuffix(".py"))
-    sys.modules[module.__name__] = module
+    sys.modules["functions"] = module = types.ModuleType("functions")
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     exec(compile(source, name, "exec", dont_inherit=True), module.__dict__)
     for key, value in vars(module).items():

@@ -27,6 +27,11 @@ class Session:
         self._isolation: Isolation = isolate(allow_weak=allow_weak)
         self._warden: Warden | None = None
 
+    @property
+    def alive(self) -> bool:
+        """Whether there is an interpreter, with what cells have left in it."""
+        return self._warden is not None
+
     def run(self, code: str) -> Result:
         """Runs a cell; `value` is what its last line comes to, if that is an expression, as in a notebook.
 

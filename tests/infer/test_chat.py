@@ -22,40 +22,6 @@ from tests.infer.conftest import TEMPLATE, variant
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def talk(run_infer, long_run):
-    """Runs `infer chat` on lines; exit code, stdout, stderr."""
-
-    def run(*lines, options=("--format", "qwen2"), model=long_run):
-        stdin = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
-        return run_infer("chat", model, *options, stdin=stdin)
-
-    return run
-
-
-@pytest.fixture
-def says(monkeypatch, tokenizer):
-    """Has the model say texts, one a turn, each followed by <|im_end|>; gives the prompts it was asked with."""
-    prompts = []
-
-    def script(*answers, end="<|im_end|>"):
-        texts = iter(answers)
-
-        def generate(engine, requests, completions, *, show):
-            prompts.append(tokenizer.decode(requests[0].prompt, skip_special=False))
-            text = next(texts)
-            for token in tokenizer.encode_trusted(text + end)[: requests[0].max_new_tokens]:
-                show(0, completions[0].push(token))
-            if text.endswith("^C"):
-                raise KeyboardInterrupt
-            show(0, completions[0].end("length"))
-
-        monkeypatch.setattr(infer.chat, "generate", generate)
-        return prompts
-
-    return script
-
-
 def saved(path):
     return [(m["role"], m["content"]) for m in json.loads(path.read_text())["messages"]]
 
