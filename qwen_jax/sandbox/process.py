@@ -85,6 +85,21 @@ class Warden:
         python = EXECUTABLE if weak else PYTHON
         self._patience = limits.wall_seconds + _PATIENCE_SECONDS
         self._folder = _open_folder() if weak else None
+        request = {
+            "isolation": isolation,
+            "view": view(warden=isolation == "bubblewrap"),
+            "bubblewrap": shutil.which("bwrap") or "bwrap",
+            "inside": [python, "-I", "-S", "-c", f"{_START}.init_inside()"],
+            "folder": self._folder,
+            "filter": seccomp.filter_program(unix_sockets=not weak),
+            "resources": _resources(limits),
+            "limits": dataclasses.asdict(limits),
+            "command": [python if part == "python" else part for part in command[:1]] + list(command[1:]),
+            "environment": environment(python=python, folder=self._folder or "/tmp"),
+            "stdin": stdin,
+            "files": dict(files or {}),
+            "descriptors": list(descriptors),
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", f"{_START}.main()"],
             stdin=subprocess.PIPE,
@@ -94,23 +109,7 @@ class Warden:
             pass_fds=descriptors,
             start_new_session=True,  # Ctrl-C is for us alone
         )
-        self.send(
-            {
-                "isolation": isolation,
-                "view": view(warden=isolation == "bubblewrap"),
-                "bubblewrap": shutil.which("bwrap") or "bwrap",
-                "inside": [python, "-I", "-S", "-c", f"{_START}.init_inside()"],
-                "folder": self._folder,
-                "filter": seccomp.filter_program(unix_sockets=not weak),
-                "resources": _resources(limits),
-                "limits": dataclasses.asdict(limits),
-                "command": [python if part == "python" else part for part in command[:1]] + list(command[1:]),
-                "environment": environment(python=python, folder=self._folder or "/tmp"),
-                "stdin": stdin,
-                "files": dict(files or {}),
-                "descriptors": list(descriptors),
-            }
-        )
+        self.send(request)
 
     def send(self, message: Any) -> None:
         """Sends the program a message, which is bytes."""
@@ -216,7 +215,7 @@ def _resources(limits: Limits) -> dict[int, int]:
         resource.RLIMIT_NPROC: limits.processes + _OURS,
         resource.RLIMIT_FSIZE: limits.file_bytes,
         resource.RLIMIT_NOFILE: _OPEN_FILES,
-        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CORE: 1,  # none; at 0, a kernel that pipes dumps to a program would still do so
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
     }
