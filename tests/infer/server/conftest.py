@@ -11,11 +11,9 @@ import threading
 import time
 from collections import deque
 
-import pytest
-
-pytest.importorskip("uvicorn", reason="the server needs the extra serve")
-
 import httpx
+import numpy as np
+import pytest
 
 from infer.server.guard import Settings
 from infer.server.prepare import Served
@@ -37,7 +35,7 @@ class ScriptedEngine:
     max_length = 1000
 
     def __init__(self, tokenizer, max_rows=4):
-        self.tokenizer, self.max_rows = tokenizer, max_rows
+        self.tokenizer, self.max_rows, self.random = tokenizer, max_rows, np.random.default_rng(0)
         self.runs = threading.Event()  # cleared, every step waits
         self.reset()
 
@@ -77,13 +75,17 @@ class ScriptedEngine:
         request, left = self.asked[number], self.running[number]
         self.made[number] += 1
         token = left.popleft() if left else min(request.stop_ids)
+        if request.constraint:  # what comes first of what is allowed, or ends it
+            bits = np.unpackbits(request.constraint.mask().view(np.uint8), bitorder="little")
+            token = min(request.stop_ids) if bits[min(request.stop_ids)] else self.random.choice(np.flatnonzero(bits))
+            request.constraint.accept(int(token))
         reason = (
             "stop" if token in request.stop_ids else "length" if self.made[number] == request.max_new_tokens else None
         )
         if reason:
             del self.running[number]
         top = [(token, -0.5), (0, -1.5)][: request.logprobs or 0]
-        return Token(number, token, reason, None if request.logprobs is None else -0.5, top)
+        return Token(number, int(token), reason, None if request.logprobs is None else -0.5, top)
 
     @property
     def busy(self):

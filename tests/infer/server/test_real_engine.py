@@ -56,14 +56,6 @@ def test_a_request_is_answered_alike_alone_and_among_others(real):
     assert counts['qwen_requests_total{route="/v1/completions",status="200"}'] == 3 * len(bodies)
 
 
-def test_probabilities_are_the_models(real):
-    body = {"prompt": "low", "max_tokens": 4, "temperature": 1, "logprobs": 20}
-    told = real.post(TEXT, body).json()["choices"][0]["logprobs"]
-    assert len(told["tokens"]) == len(told["top_logprobs"]) == 4
-    for token, own, top in zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True):
-        assert own <= max(top.values()) < 0 and top.get(token, own) == own
-
-
 def test_nothing_is_left_of_who_went_away(real):
     generated = real.service._stats.generated_tokens
     for number in range(30):
@@ -72,29 +64,11 @@ def test_nothing_is_left_of_who_went_away(real):
         if number % 3 == 1:
             real.wait_until(lambda: real.service._rows)
         elif number % 3 == 2 and stream:
-            while b"content" not in connection.recv(4096):
-                pass
+            received = b""
+            while received.count(b"data: ") < 10:
+                received += connection.recv(4096)
         connection.close()
     real.wait_until(lambda: not real.service._jobs and not real.engine.busy, seconds=60)
     real.wait_until(lambda: real.service._stats.pages_used == real.service._num_rows == 0)
     assert not real.service._rows
     assert real.service._stats.generated_tokens - generated < 30 * 40  # half of what was asked for
-
-
-def test_an_answer_can_be_held_to_a_schema(real):
-    pytest.importorskip("llguidance")
-    schema = {
-        "type": "object",
-        "properties": {"a": {"enum": [1, 22, 333]}},
-        "required": ["a"],
-        "additionalProperties": False,
-    }
-    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    body = {
-        "messages": [{"role": "user", "content": "low"}],
-        "response_format": wanted,
-        "enable_thinking": False,
-        "n": 3,
-    }
-    answers = [choice["message"]["content"] for choice in real.post(CHAT, body | {"max_tokens": 60}).json()["choices"]]
-    assert {__import__("json").loads(answer)["a"] for answer in answers} <= {1, 22, 333}

@@ -106,7 +106,7 @@ def test_rows_are_made_in_the_order_they_came(scripted):
     connections = []
     for index in range(8):
         connections.append(begin(scripted, stream=True, seed=index))
-        scripted.wait_until(lambda: len(scripted.service._jobs) == len(connections))
+        scripted.wait_until(lambda: len(engine.asked) + scripted.service._orders.qsize() == len(connections))
     engine.runs.set()
     for connection in connections:
         while b"[DONE]" not in connection.recv(65536):
@@ -140,9 +140,10 @@ def failing(engine, tagged, fails, patience):
         stream, whole = (rest(connection) for connection in streams)
         running.thread.join(10)
         assert not running.thread.is_alive()
+        stuck = running.service.stuck
         engine.runs.set()
         running.service._thread.join(10)
-        return running.service, stream, whole
+        return running.service.error, stuck, stream, whole
 
 
 def test_a_step_that_fails_ends_the_server(tagged):
@@ -152,8 +153,8 @@ def test_a_step_that_fails_ends_the_server(tagged):
         engine.fails = RuntimeError("out of memory")
         engine.runs.set()
 
-    service, stream, whole = failing(engine, tagged, fails, patience=60)
-    assert isinstance(service.error, RuntimeError) and not service.stuck
+    error, stuck, stream, whole = failing(engine, tagged, fails, patience=60)
+    assert isinstance(error, RuntimeError) and not stuck
     for answer in (stream, whole):
         assert b"server_error" in answer and b"[DONE]" not in answer
     assert whole.startswith(b"HTTP/1.1 500")
@@ -161,8 +162,8 @@ def test_a_step_that_fails_ends_the_server(tagged):
 
 def test_a_step_that_does_not_end_ends_the_server(tagged, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda failure: None)  # of the thread, which outlives its server here
-    service, stream, whole = failing(ScriptedEngine(tagged), tagged, lambda: None, patience=0.3)
-    assert isinstance(service.error, TimeoutError) and service.stuck
+    error, stuck, stream, whole = failing(ScriptedEngine(tagged), tagged, lambda: None, patience=0.3)
+    assert isinstance(error, TimeoutError) and stuck
     assert b"server_error" in stream and whole.startswith(b"HTTP/1.1 500")
 
 
