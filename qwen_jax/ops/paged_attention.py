@@ -26,9 +26,10 @@ Implementation = Literal["auto", "pallas", "xla", "reference"]
 Queries = tuple[Float[Array, "T N H"], ...]
 
 _TOKENS_AT_ONCE = 32  # of the slow twin, each with a copy of the pages of its row
-_QUERIES = 64  # of a row that are computed at once, at most
-_ROWS = 4  # rows that are computed at once
-_SLOTS = 256  # of a row that are computed at once
+_QUERIES = 64  # of a row in a block, at most
+# Queries that are computed at once, and slots of each of their rows. On CPU what a step works on stays in the cache.
+_AT_ONCE, _SLOTS = 128, 512
+_AT_ONCE_CPU, _SLOTS_CPU = 4, 128
 
 
 def attend(
@@ -92,80 +93,93 @@ def _on_device(queries, pages, rows, scales, window, *, chunk, implementation):
 class _Units(NamedTuple):
     """Blocks of Q queries of a row, U of them: the rows of the XLA form."""
 
-    row: Int[Array, " U"]
-    positions: Int[Array, "U Q"]  # of their queries; -1 where there is none
-    first: Int[Array, " U"]  # page of the row that any of them sees
-    end: Int[Array, " U"]  # the page after the last
+    q: Float[Array, "U K CQG H"]  # the queries that share a kv head, those of all chunk distances
+    positions: Int[Array, "U Q"]  # of the queries; -1 where there is none
+    pages: Int[Array, "U M"]  # from the first that any of them sees on
+    start: Int[Array, " U"]  # slot of the row that these pages begin with
+    length: Int[Array, " U"]  # pages that any of them sees
 
 
 def _xla(queries, pages, rows, scales, window, chunk):
     (tokens, heads, dim), num_kv, size = queries[0].shape, pages.shape[1], page_size(pages, scales)
-    length = math.gcd(rows.width, _QUERIES) if rows.width > _QUERIES else rows.width
-    units = _units(rows, length, size, window)
-    count = len(units.row)
-    at_once = min(_ROWS, count) if length == 1 else 1
-    block = max(1, _SLOTS // size)
-    # [U, K, C * Q * G, H]
-    q = jnp.stack(queries).reshape(len(queries), count, length, num_kv, -1, dim)
-    q = jnp.moveaxis(q, (1, 3), (0, 1)).reshape(count, num_kv, -1, dim)
-    some = functools.partial(_some, rows=rows, pages=pages, scales=scales, window=window, chunk=chunk, block=block)
+    width = math.gcd(rows.width, _QUERIES) if rows.width > _QUERIES else rows.width
+    at_once, slots = (_AT_ONCE_CPU, _SLOTS_CPU) if sharding.platform() == "cpu" else (_AT_ONCE, _SLOTS)
+    block = max(1, slots // size)
+    units = _units(queries, rows, num_kv, width, size, block, window)
+    # Idle ones last; and what is computed together takes as many steps as the longest.
+    order = jnp.argsort(-units.length)
+    units = jax.tree.map(lambda x: x[order], units)
+    count = len(order)
+    at_once = min(max(1, at_once // width), count)
+    some = functools.partial(_some, pages=pages, scales=scales, window=window, chunk=chunk, block=block)
 
     def next_units(i, out):
         # The last ones may be computed twice.
         start = jnp.minimum(i * at_once, count - at_once)
-        take = lambda x: jax.lax.dynamic_slice_in_dim(x, start, at_once)
-        done = some(take(q), _Units(*map(take, units)))
+        done = some(_Units(*(jax.lax.dynamic_slice_in_dim(x, start, at_once) for x in units)))
         return jax.lax.dynamic_update_slice_in_dim(out, done, start, axis=0)
 
-    real = -(-rows.count // length)
-    shape = count, num_kv, q.shape[2] // len(queries), dim
+    real = -(-rows.count // width)
+    shape = count, num_kv, width * heads // num_kv, dim
     out = jax.lax.fori_loop(0, -(-real // at_once), next_units, jnp.zeros(shape, queries[0].dtype))
-    return jnp.moveaxis(out.reshape(count, num_kv, length, -1, dim), 1, 2).reshape(tokens, heads, dim)
+    out = out[jnp.argsort(order)].reshape(count, num_kv, width, -1, dim)
+    return jnp.moveaxis(out, 1, 2).reshape(tokens, heads, dim)
 
 
-def _units(rows: Rows, length: int, size: int, window) -> _Units:
-    positions = rows.positions.reshape(-1, length)
+def _units(queries, rows: Rows, num_kv: int, width: int, size: int, block: int, window) -> _Units:
+    positions = rows.positions.reshape(-1, width)
+    count, dim = len(positions), queries[0].shape[2]
+    q = jnp.stack(queries).reshape(len(queries), count, width, num_kv, -1, dim)
     least = jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions).min(1)
     first = jnp.zeros_like(least) if window is None else jnp.maximum(least - window + 1, 0) // size
-    end = positions.max(1) // size + 1
-    row = jnp.arange(len(positions), dtype=jnp.int32) // (rows.width // length)
-    return _Units(row=row, positions=positions, first=jnp.minimum(first, end), end=end)
+    length = jnp.maximum(positions.max(1) // size + 1 - first, 0)
+    table = jnp.repeat(rows.table, count // len(rows.table), axis=0)
+    # Whole blocks. Other places of the table may hold any id.
+    place = jnp.arange(-(-table.shape[1] // block) * block)
+    if window is None:
+        ids = jnp.pad(table, ((0, 0), (0, len(place) - table.shape[1])))
+    else:
+        ids = jnp.take_along_axis(table, first[:, None] + place, axis=1, mode="clip")
+    return _Units(
+        q=jnp.moveaxis(q, (1, 3), (0, 1)).reshape(count, num_kv, -1, dim),
+        positions=positions,
+        pages=jnp.where(place < length[:, None], ids, 0),
+        start=first * size,
+        length=length,
+    )
 
 
-def _some(q, units, *, rows, pages, scales, window, chunk, block):
+def _some(units, *, pages, scales, window, chunk, block):
     """The attention of some units, [U, K, Q * G, H], in as many steps as the longest of them takes."""
-    (count, num_kv, _, dim), size, length = q.shape, page_size(pages, scales), units.positions.shape[1]
-    kinds = 1 if chunk is None else 3
-    table = rows.table[units.row]
+    (count, num_kv, _, dim), width = units.q.shape, units.positions.shape[1]
+    dtype, slots_at_once, kinds = units.q.dtype, block * page_size(pages, scales), 1 if chunk is None else 3
 
     def step(i, state):
         top, total, sum = state
-        page = units.first[:, None] + i * block + jnp.arange(block)
-        # Other places of the table may hold any id.
-        ids = jnp.where(page < units.end[:, None], jnp.take_along_axis(table, page, axis=1, mode="clip"), 0)
-        slots = (page[..., None] * size + jnp.arange(size)).reshape(count, -1)
+        ids = jax.lax.dynamic_slice_in_dim(units.pages, i * block, block, axis=1)
+        slots = units.start[:, None] + i * slots_at_once + jnp.arange(slots_at_once)
         visible, at = _visible(units.positions, slots, window), units.positions[:, :, None]
-        kv = fetch(pages, scales, ids, q.dtype)
+        k, v = (fetch(pages, scales, ids, kind, dtype) for kind in (0, 1))
         # What nobody sees may be NaN, and 0 * NaN is not 0.
-        k, v = kv[..., :dim], jnp.where(visible.any(1)[:, None, :, None], kv[..., dim:], 0)
-        scores = jnp.einsum("ukmh,uksh->ukms", q, k, preferred_element_type=jnp.float32) * dim**-0.5
-        scores = scores.reshape(count, num_kv, kinds, length, -1, slots.shape[1])
+        v = jnp.where(visible.any(1)[:, None, :, None], v, 0)
+        scores = jnp.einsum("ukmh,uksh->ukms", units.q, k, preferred_element_type=jnp.float32) * dim**-0.5
+        scores = scores.reshape(count, num_kv, kinds, width, -1, slots_at_once)
         if chunk is not None:
             back = (at // chunk - slots[:, None] // chunk)[:, None, :, None]
             own, before, earlier = jnp.moveaxis(scores, 2, 0)
             scores = jnp.where(back == 0, own, jnp.where(back == 1, before, earlier))[:, :, None]
-        scores = jnp.where(visible[:, None, None, :, None], scores, HIDDEN).reshape(count, num_kv, -1, slots.shape[1])
+        scores = jnp.where(visible[:, None, None, :, None], scores, HIDDEN).reshape(count, num_kv, -1, slots_at_once)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
         probs, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
-        part = jnp.einsum("ukms,uksh->ukmh", probs.astype(q.dtype), v, preferred_element_type=jnp.float32)
+        part = jnp.einsum("ukms,uksh->ukmh", probs.astype(dtype), v, preferred_element_type=jnp.float32)
         return new_top, total * shrink + probs.sum(-1, keepdims=True), sum * shrink + part
 
-    shape = count, num_kv, q.shape[2] // kinds
+    shape = count, num_kv, units.q.shape[2] // kinds
     zeros = lambda width: jnp.zeros((*shape, width), jnp.float32)
-    steps = -(-(units.end - units.first).max() // block)
+    steps = -(-units.length.max() // block)
     _, total, sum = jax.lax.fori_loop(0, steps, step, (zeros(1) + HIDDEN, zeros(1), zeros(dim)))
-    real = jnp.broadcast_to(units.positions[:, None, :, None] >= 0, (count, 1, length, shape[2] // length))
-    return jnp.where(real.reshape(count, 1, -1, 1), sum / total, 0).astype(q.dtype)
+    real = jnp.broadcast_to(units.positions[:, None, :, None] >= 0, (count, 1, width, shape[2] // width))
+    return jnp.where(real.reshape(count, 1, -1, 1), sum / total, 0).astype(dtype)
 
 
 def _visible(positions: Int[Array, "U Q"], slots: Int[Array, "U S"], window) -> Bool[Array, "U Q S"]:
@@ -212,8 +226,7 @@ def paged_attention(
         # Idle slots of the table may hold any id.
         ids = jnp.where(visible.reshape(-1, size).any(1), page_table[row], 0)
         # Hidden slots may hold NaN, and 0 * NaN is not 0.
-        kv = jnp.where(visible[:, None], fetch(pages, scales, ids, q.dtype), 0)
-        k, v = jnp.split(kv, 2, axis=-1)
+        k, v = (jnp.where(visible[:, None], fetch(pages, scales, ids, kind, q.dtype), 0) for kind in (0, 1))
         q = q.reshape(len(q), kv_heads, -1, dim)
         scores = jnp.einsum("ckgh,ksh->ckgs", q, k, preferred_element_type=jnp.float32) * scale
         back = 0 if chunk is None else jnp.clip(position // chunk - slots // chunk, 0, 2)

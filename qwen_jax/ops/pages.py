@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Num
 
 from qwen_jax import sharding
+from qwen_jax.errors import ConfigError
 from qwen_jax.ops.attention import one_kv_head_per_device
 
 SPLIT = P(None, "tensor")  # of pages, scales, and tokens [T, heads, H] where they meet
@@ -86,7 +87,11 @@ def make_pages(
 def kv_heads(num_kv_heads: int) -> int:
     """Heads that pages have: at least one for each device along `tensor`."""
     ways = sharding.axis_size("tensor")
-    return num_kv_heads if num_kv_heads % ways == 0 else ways
+    if num_kv_heads % ways and ways % num_kv_heads:
+        raise ConfigError(
+            f"{num_kv_heads} kv heads cannot be shared by tensor={ways} devices; choose a divisor or a multiple"
+        )
+    return max(num_kv_heads, ways)
 
 
 def page_size(pages: Num[Array, "P K X H2"], scales: Scales | None) -> int:
@@ -103,7 +108,8 @@ def write(
 ) -> tuple[Num[Array, "P K X H2"], Scales | None]:
     """Pages and scales with the new tokens' keys and values in their slots; in place where both are donated.
 
-    With `scales`, each key and each value is quantised by its own largest magnitude, which becomes 127.
+    With `scales`, each key and each value is quantised by its own largest magnitude, which becomes 127. Where several
+    groups of rows share pages, write them all before any attends: else XLA copies all pages.
     """
     # All tokens first: to split heads where tokens were split would be one exchange too intricate for XLA.
     whole = P(None, *sharding.activation("kh", k.shape[1:]))
@@ -146,22 +152,21 @@ def quantize(x: Float[Array, "*n H"]) -> tuple[Int[Array, "*n H"], Float[Array, 
 
 
 def fetch(
-    pages: Num[Array, "P K X H2"], scales: Scales | None, ids: Int[Array, "*n M"], dtype: jnp.dtype
-) -> Float[Array, "*n K MS H2"]:
-    """Keys beside values of the slots of these pages, head by head. Every id must be that of a page."""
-    # Gathered head by head: what is one after another for a head is then one matrix.
-    index = ids[..., None, :], jnp.arange(pages.shape[1])[:, None]
-    by_head = lambda x: x.at[index].get(mode="promise_in_bounds")
-    kv = by_head(pages)
-    if kv.dtype == jnp.uint16:
-        kv = jax.lax.bitcast_convert_type(kv, jnp.bfloat16)
+    pages: Num[Array, "P K X H2"], scales: Scales | None, ids: Int[Array, "*n M"], kind: int, dtype: jnp.dtype
+) -> Float[Array, "*n K MS H"]:
+    """The keys (kind 0) or values (1) of these pages, one page after another. Every id must be that of a page."""
+    dim = pages.shape[3] // 2
+    lanes = slice(kind * dim, (kind + 1) * dim)
+    # Head by head: what is one after another for a head is then one matrix.
+    page, head = ids[..., None, :], jnp.arange(pages.shape[1])[:, None]
+    x = pages.at[page, head, :, lanes].get(mode="promise_in_bounds")
+    if x.dtype == jnp.uint16:
+        x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
     if scales is not None:
-        split = jnp.moveaxis(jax.lax.bitcast_convert_type(kv, jnp.int8), -1, -2).reshape(
-            *kv.shape[:-2], -1, kv.shape[-1]
-        )
-        steps = jnp.repeat(by_head(scales).swapaxes(-1, -2), kv.shape[-1] // 2, axis=-1)
-        kv = split.astype(jnp.float32) * steps
-    return kv.reshape(*kv.shape[:-3], -1, kv.shape[-1]).astype(dtype)
+        steps = scales.at[page, head, kind].get(mode="promise_in_bounds")
+        split = jnp.moveaxis(jax.lax.bitcast_convert_type(x, jnp.int8), -1, -2).reshape(*steps.shape, dim)
+        x = split.astype(jnp.float32) * steps[..., None]
+    return x.reshape(*x.shape[:-3], -1, dim).astype(dtype)
 
 
 def gather(
@@ -174,9 +179,10 @@ def gather(
         slots = jnp.arange(rows.table.shape[1] * page_size(pages, scales))
         real = slots < rows.lengths[:, None]
         ids = jnp.where(real.reshape(*rows.table.shape, -1).any(-1), rows.table, 0)
-        kv = jnp.where(real[:, None, :, None], fetch(pages, scales, ids, jnp.dtype(dtype)), 0)
-        k, v = jnp.split(kv, 2, axis=-1)
-        return k, v
+        part = lambda kind: fetch(pages, scales, ids, kind, jnp.dtype(dtype))
+        return tuple(jnp.where(real[:, None, :, None], part(kind), 0) for kind in (0, 1))
 
-    local = jax.shard_map(local, in_specs=specs, out_specs=(SPLIT, SPLIT), check_vma=False)
-    return local(*jax.sharding.reshard(arguments, specs))
+    k, v = jax.shard_map(local, in_specs=specs, out_specs=SPLIT, check_vma=False)(
+        *jax.sharding.reshard(arguments, specs)
+    )
+    return k, v
