@@ -143,23 +143,6 @@ def test_on_a_mesh_it_is_what_it_is_on_one_device(sizes):
         np.testing.assert_array_equal(k[row, :, : last[row] + 1], keys.swapaxes(0, 1))
 
 
-def test_bfloat16_pages_are_neither_copied_nor_made_float32(mesh):
-    """Nor is anything made that has the size of the rows."""
-    num, slots = 4, 2**16
-    pages, _ = jax.eval_shape(lambda: make_pages(num * slots // 16, KV_HEADS, 16, DIM, "bfloat16"))
-    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    rows = Rows(lengths=ints(num), table=ints(num, slots // 16), count=ints(), width=1)
-    tokens = lambda heads: jax.ShapeDtypeStruct((num, heads, DIM), jnp.bfloat16)
-
-    def step(pages, q, k, v, rows):
-        pages, _ = write(pages, k, v, rows)
-        return pages, attend((q,), pages, rows, implementation="xla")
-
-    arguments = pages, tokens(HEADS), tokens(KV_HEADS), tokens(KV_HEADS), rows
-    compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < pages.size * 2 / 30
-
-
 def test_the_kernel_is_given_the_rows(mesh, monkeypatch):
     """A slow twin in the place of the kernel, which has its own tests."""
     rows = group("decoding")
