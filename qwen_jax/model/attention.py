@@ -83,11 +83,14 @@ class Attention(nn.Module):
         cache: LayerCache,
     ) -> tuple[Float[Array, "T 1 N H"], LayerCache]:
         """Of each group of rows: the new tokens go into the pages, and attend to all that their rows have there."""
-        found, pages, scales, start = [], cache.pages, cache.scales, 0
+        pages, scales, start, groups, found = cache.pages, cache.scales, 0, [], []
         queries, search, k, v = jax.tree.map(_everywhere, (queries, search, k, v))
+        # All are written before any attends: else XLA would keep a copy of all pages for those that do.
         for rows in batch.rows:
             own = slice(start, start := start + len(rows.positions))
             pages, scales = paged.write(pages, k[own], v[own], rows, scales)
+            groups.append((rows, own))
+        for rows, own in groups:
             q, s = (tuple(x[own] for x in group) for group in (queries, search))
             if self.sparse and rows.width > 1:
                 found.append(
