@@ -215,7 +215,7 @@ class Conversation:
         )
         interrupted = False
         try:
-            generate(self._engine, [request], [completion], show=lambda index, piece: screen.show(piece))
+            generate(self._engine, [(request, completion)], show=lambda index, piece: screen.show(piece))
         except KeyboardInterrupt:
             interrupted = True
             screen.show(completion.end("interrupted"))

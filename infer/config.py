@@ -25,6 +25,9 @@ class Options:
       thinking: False closes an empty thought before every answer.
       max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
         frequency_penalty: None for the model's own default; otherwise as in `qwen_jax.engine.Sampling`.
+      prompt_lookup: tokens to guess at from the text so far, in each step; None for no such guesses.
+      draft: a smaller model that guesses at tokens, named as `model`; None for none.
+      draft_tokens: tokens that it guesses in each step.
     """
 
     model: str
@@ -41,6 +44,9 @@ class Options:
     repetition_penalty: float | None
     presence_penalty: float | None
     frequency_penalty: float | None
+    prompt_lookup: int | None
+    draft: str | None
+    draft_tokens: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +57,7 @@ class Generate(Options):
       prompt: prompts given on the command line.
       input: a file of prompts, "-" for standard input, None for neither.
       output: file for the completions, as JSON lines; None for standard output.
+      overwrite: whether what is in that file is removed; otherwise those that are there are kept.
       control_tokens: whether control tokens spelled out in a prompt become their ids.
       stop: strings that end a completion.
       n: completions per prompt.
@@ -61,6 +68,7 @@ class Generate(Options):
     prompt: Sequence[str]
     input: str | None
     output: Path | None
+    overwrite: bool
     control_tokens: bool
     stop: Sequence[str]
     n: int
@@ -130,6 +138,8 @@ FULL_ROWS = 4
 
 DEFAULT_TOOL_ROUNDS = 8
 
+MOST_GUESSES = 64  # as one step is as wide as its guesses for every row
+
 EXIT_CODES = (
     "exit codes: 0 done, 1 unexpected, 2 usage, 3 prompts or model, 4 file or permission, 5 numerical failure, "
     "130 interrupted"
@@ -151,6 +161,7 @@ def parse(arguments: Sequence[str] | None = None) -> Generate | Chat | Serve:
     _add_model(generate)
     _add_prompts(generate)
     _add_seed(_add_sampling(generate))
+    _add_guesses(generate)
     chat = commands.add_parser(
         "chat",
         help="talk to a model",
@@ -164,6 +175,7 @@ def parse(arguments: Sequence[str] | None = None) -> Generate | Chat | Serve:
     _add_start(chat)
     _add_tools(chat)
     _add_seed(_add_sampling(chat))
+    _add_guesses(chat)
     serve = commands.add_parser(
         "serve",
         help="answer requests over HTTP",
@@ -177,6 +189,7 @@ def parse(arguments: Sequence[str] | None = None) -> Generate | Chat | Serve:
     _add_length(serve)
     _add_limits(serve)
     _add_sampling(serve)
+    _add_guesses(serve)
     options = vars(parser.parse_args(arguments))
     return options.pop("command")(**options)
 
@@ -225,7 +238,13 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         help='more prompts, - for standard input: JSON lines {"prompt": ...} or {"messages": [...], "tools": [...]} if '
         "the name ends in .jsonl or the first line begins with {, else one prompt per line; empty lines are skipped",
     )
-    add("--output", metavar="FILE", type=Path, help="write JSON lines to this file")
+    add(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="write JSON lines to this file; after an interruption, the same command makes what is missing there",
+    )
+    add("--overwrite", action="store_true", help="begin the file of --output anew, whatever is in it")
     add(
         "--control-tokens",
         action="store_true",
@@ -328,6 +347,31 @@ def _add_sampling(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 def _add_seed(group: argparse._ArgumentGroup) -> None:
     seeds = _integer(0, 2**32 - 1)
     group.add_argument("--seed", metavar="N", type=seeds, default=0, help="of the random numbers (default: 0)")
+
+
+def _add_guesses(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "how tokens are guessed",
+        "The model checks several guesses in one step. They make it faster or slower, and change no token.",
+    )
+    either = group.add_mutually_exclusive_group()
+    either.add_argument(
+        "--prompt-lookup",
+        metavar="N",
+        type=_integer(1, MOST_GUESSES),
+        help="guess that what followed the last tokens before comes again, N tokens of it: for answers that repeat "
+        "much of their prompts",
+    )
+    either.add_argument(
+        "--draft", metavar="MODEL", help="have a smaller model of the same tokenizer guess; named as MODEL is"
+    )
+    group.add_argument(
+        "--draft-tokens",
+        metavar="N",
+        type=_integer(1, MOST_GUESSES),
+        default=4,
+        help="tokens that it guesses at a time (default: 4)",
+    )
 
 
 def _integer(least: int, most: int | None = None) -> Callable[[str], int]:

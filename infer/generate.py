@@ -4,105 +4,77 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TextIO
+from array import array
+from collections.abc import Iterator, Sequence
 
 from infer.config import Generate
 from infer.model import Opened, open_for
+from infer.output import Output, Wanted, open_output
+from infer.progress import Report
 from infer.prompts import Prompt, encode_chat, encode_text, read_prompts
-from infer.terminal import faint, safe, warn
+from infer.terminal import warn
 from qwen_jax.engine import Capacity, Completion, Request, StopStrings, generate
-from qwen_jax.errors import INTERRUPTED, ConfigError, DataError, FileError
+from qwen_jax.errors import INTERRUPTED, ConfigError, DataError
 from qwen_jax.weights.usage import turn_ends
 
 DEFAULT_NEW_TOKENS = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """One completion to make: the `sample`-th of prompt number `index`. `row` numbers all completions of the input."""
-
-    row: int
-    index: int
-    sample: int
-    prompt: Prompt
-    ids: Sequence[int]
-    stop_ids: frozenset[int]
-
-
-Show = Callable[[int, str], None]  # takes the number of a completion, and the next piece of it
-Write = Callable[[Wanted, Completion], None]  # takes a completion that has ended, in the order of the input
-
-
 def run(options: Generate) -> int:
     """Does what `options` ask for; the exit code."""
     StopStrings(options.stop)  # what cannot be one is refused before the weights are read
+    if options.overwrite and options.output is None:
+        raise ConfigError("--overwrite is for the file of --output, and there is none; leave it out")
     prompts, jsonl = read_prompts(options)
     opened = open_for(options)
     wanted = _wanted(prompts, opened, options)
     limit = _limit(wanted, opened, options.max_new_tokens)
-    longest = max(len(one.ids) for one in wanted) + limit
-    engine = opened.load(Capacity(max_rows=min(options.batch_size, len(wanted)), max_length=longest))
-    opened.report()
-    clock, code = _Clock(), 0
-    completions = [Completion(opened.tokenizer, one.stop_ids, options.stop) for one in wanted]
-    requests = [
-        Request(
-            prompt=one.ids,
-            max_new_tokens=limit,
-            sampling=opened.sampling,
-            seed=options.seed,
-            row=one.row,
-            stop_ids=one.stop_ids,
-        )
-        for one in wanted
-    ]
-    with _sink(options, wanted, jsonl) as (show, write):
-        in_order = _InOrder(lambda row: write(wanted[row], completions[row]))
-
-        def done(row: int) -> None:
-            in_order.done(row)
-            if options.output is not None or not sys.stdout.isatty():
-                clock.tick(in_order.count, len(wanted))
-
-        try:
-            generate(engine, requests, completions, show=clock.watch(show), done=done)
-        except KeyboardInterrupt:
-            code = INTERRUPTED
-            for row, completion in enumerate(completions):
-                if completion.num_tokens and completion.finish_reason is None:
-                    show(row, completion.end("interrupted"))
-                    in_order.done(row)
-            in_order.rest()
-    clock.report([completion for completion in completions if completion.finish_reason])
+    with open_output(options, wanted, jsonl=jsonl, digest=_digest(options, opened, limit)) as output:
+        if not output.missing:
+            print(f"all {len(wanted)} completions are in {options.output}", file=sys.stderr)
+        code = _make(options, opened, wanted, limit, output) if output.missing else 0
+        if code == 0:
+            output.finish()
     return code
 
 
-class _InOrder:
-    """Hands on completions in the order of the input, whenever those before them are done."""
+def _make(options: Generate, opened: Opened, wanted: Sequence[Wanted], limit: int, output: Output) -> int:
+    """Makes what the output misses; the exit code."""
+    engine = opened.load(_capacity([len(wanted[row].ids) + limit for row in output.missing], options.batch_size))
+    opened.report()
+    begun: dict[int, Completion] = {}
 
-    def __init__(self, write: Callable[[int], None]) -> None:
-        self.count = 0
-        self._write = write
-        self._held: set[int] = set()
-        self._next = 0
+    def jobs() -> Iterator[tuple[Request, Completion]]:
+        for row in output.missing:
+            one = wanted[row]
+            begun[row] = Completion(opened.tokenizer, one.stop_ids, options.stop)
+            how = dict(sampling=opened.sampling, seed=options.seed, row=row, stop_ids=one.stop_ids)
+            yield Request(prompt=one.ids, max_new_tokens=limit, **how), begun[row]
 
-    def done(self, row: int) -> None:
-        self.count += 1
-        self._held.add(row)
-        while self._next in self._held:
-            self._held.remove(self._next)
-            self._write(self._next)
-            self._next += 1
+    def show(index: int, piece: str) -> None:
+        report.step()
+        output.show(output.missing[index], piece)
 
-    def rest(self) -> None:
-        """Those too that come after others which will never be done."""
-        for row in sorted(self._held):
-            self._write(row)
+    def done(index: int) -> None:
+        row = output.missing[index]
+        completion = begun.pop(row)
+        report.done(completion)
+        output.done(row, completion)
+
+    code = 0
+    # Where completions appear on the terminal as they come, they are the progress.
+    quiet = options.output is None and sys.stdout.isatty()
+    with Report(engine, len(wanted), done=len(wanted) - len(output.missing), quiet=quiet) as report:
+        try:
+            generate(engine, jobs(), show=show, done=done)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+            output.interrupt(begun)
+    report.close()
+    return code
 
 
 def _wanted(prompts: Sequence[Prompt], opened: Opened, options: Generate) -> list[Wanted]:
@@ -116,7 +88,8 @@ def _wanted(prompts: Sequence[Prompt], opened: Opened, options: Generate) -> lis
         raise ConfigError("--format and --no-thinking are for rows with messages, and there are none; leave them out")
     if not options.control_tokens:
         _warn_of_control_tokens(prompts, opened)
-    ids = [encoders[prompt.is_chat](prompt) for prompt in prompts]
+    # As array: a list of integers takes ten times the memory, and there may be millions of prompts.
+    ids = [array("i", encoders[prompt.is_chat](prompt)) for prompt in prompts]
     ends = [stop_ids | turn_ends(tokenizer) if prompt.is_chat else stop_ids for prompt in prompts]
     return [
         Wanted(index * options.n + sample, index, sample, prompts[index], ids[index], ends[index])
@@ -150,78 +123,20 @@ def _limit(wanted: Sequence[Wanted], opened: Opened, asked: int | None) -> int:
     return asked or min(opened.usage.max_new_tokens or DEFAULT_NEW_TOKENS, room)
 
 
-@contextmanager
-def _sink(options: Generate, wanted: Sequence[Wanted], jsonl: bool) -> Iterator[tuple[Show, Write]]:
-    """Where completions go, while they are made and when they are done."""
-    quiet = lambda number, piece: None
-    if options.output is not None:
-        try:
-            with options.output.expanduser().open("w", encoding="utf-8") as file:
-                yield quiet, functools.partial(_write_json, file, options.seed)
-        except OSError as error:
-            raise FileError(f"cannot write completions to {options.output}: {error.strerror}") from error
-    elif jsonl:
-        sys.stdout.reconfigure(encoding="utf-8")  # JSON is UTF-8, whatever the terminal is
-        yield quiet, functools.partial(_write_json, sys.stdout, options.seed)
-    elif len(wanted) == 1:
-        sys.stdout.reconfigure(errors="replace")
-        if sys.stdout.isatty():
-            print(faint(safe(wanted[0].prompt.row["prompt"])), end="", flush=True)
-        yield lambda number, piece: print(safe(piece), end="", flush=True), lambda one, completion: print(flush=True)
-    else:
-        sys.stdout.reconfigure(errors="replace")
-        yield quiet, functools.partial(_write_sections, options.n)
+def _capacity(lengths: Sequence[int], max_rows: int) -> Capacity:
+    """Of an engine for completions of these lengths, prompts included.
+
+    The cache has room for `max_rows` of the mean length, but at least for the longest: a few that are much longer than
+    the others do not multiply it. Where those meet, some wait, or give way and are computed again.
+    """
+    max_rows, longest = min(max_rows, len(lengths)), max(lengths)
+    mean = -(-sum(lengths) // len(lengths))
+    return Capacity(max_rows=max_rows, max_length=longest, cache_tokens=max(longest, max_rows * mean))
 
 
-def _write_json(file: TextIO, seed: int, wanted: Wanted, completion: Completion) -> None:
-    row = {
-        "index": wanted.index,
-        "sample": wanted.sample,
-        **wanted.prompt.row,
-        "completion": completion.text,
-        "finish_reason": completion.finish_reason,
-        "prompt_tokens": len(wanted.ids),
-        "completion_tokens": completion.num_tokens,
-        "seed": seed,
-    }
-    print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
-
-
-def _write_sections(n: int, wanted: Wanted, completion: Completion) -> None:
-    number = f"{wanted.index + 1}.{wanted.sample + 1}" if n > 1 else f"{wanted.index + 1}"
-    begin = " ".join(wanted.prompt.row["prompt"][:200].split())
-    print(faint(safe(f"== {number}: {begin[:60]}{'…' if len(begin) > 60 else ''}")))
-    print(f"{safe(completion.text)}\n", flush=True)
-
-
-class _Clock:
-    """Says on stderr how far the work is and how fast it went."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._first: float | None = None
-
-    def watch(self, show: Show) -> Show:
-        """`show`, with the time of its first call remembered: that is when the first token was there."""
-
-        def watched(number: int, piece: str) -> None:
-            self._first = self._first or time.perf_counter()
-            show(number, piece)
-
-        return watched
-
-    def tick(self, done: int, total: int) -> None:
-        """On a terminal, how many completions are done; the next line printed takes its place."""
-        if sys.stderr.isatty() and done:
-            print(f"{done}/{total} completions", end="\r", file=sys.stderr, flush=True)
-
-    def report(self, completions: Sequence[Completion]) -> None:
-        """One line: how many tokens, how long, and how fast after the first."""
-        now, tokens = time.perf_counter(), sum(completion.num_tokens for completion in completions)
-        line = f"{tokens} tokens in {now - self._start:.1f} s"
-        if self._first is not None and tokens > 1:
-            rate = (tokens - 1) / (now - self._first)
-            line += f": the first after {self._first - self._start:.1f} s, then {rate:.1f} tokens/s"
-        if len(completions) == 1:
-            line += f"; {completions[0].finish_reason}"
-        print(line, file=sys.stderr)
+def _digest(options: Generate, opened: Opened, limit: int) -> str:
+    """Of all that completions depend on beside their prompts."""
+    names = ("n", "seed", "stop", "control_tokens", "dtype", "sparse_prefill", "format", "thinking")
+    what = {name: getattr(options, name) for name in names}
+    what |= dict(model=str(opened.model.path), limit=limit, sampling=dataclasses.asdict(opened.sampling))
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]

@@ -9,7 +9,7 @@ import jax
 
 from infer.config import DEFAULT_LENGTH, Options
 from infer.terminal import warn
-from qwen_jax.engine import Capacity, Engine, Sampling, VerticalSlash, load
+from qwen_jax.engine import Capacity, Engine, PromptLookup, Sampling, VerticalSlash, load, load_draft
 from qwen_jax.errors import ConfigError
 from qwen_jax.sharding import make_mesh
 from qwen_jax.text import Tokenizer
@@ -28,6 +28,7 @@ class Opened:
     Attributes:
       usage: how it is meant to be used.
       sampling: the options', and of `usage` what they leave open.
+      draft: the model that guesses at its tokens; None for none.
     """
 
     options: Options
@@ -35,6 +36,7 @@ class Opened:
     tokenizer: Tokenizer
     usage: Usage
     sampling: Sampling
+    draft: PublishedFolder | NativeCheckpoint | None
 
     def chat_format(self) -> Format | JinjaFormat:
         """The format the options name, or else the model's. Raises ConfigError where there is none."""
@@ -57,10 +59,13 @@ class Opened:
 
     def load(self, capacity: Capacity) -> Engine:
         """The engine, on the first device."""
-        mesh = make_mesh(devices=jax.devices()[:1])
-        asked = self.options.sparse_prefill
-        sparse = None if asked is None else VerticalSlash(threshold=asked)
-        return load(self.model, self.tokenizer, mesh=mesh, dtype=self.options.dtype, capacity=capacity, sparse=sparse)
+        options = self.options
+        where = dict(mesh=make_mesh(devices=jax.devices()[:1]), dtype=options.dtype)
+        speculate = None if options.prompt_lookup is None else PromptLookup(num_guesses=options.prompt_lookup)
+        if self.draft is not None:
+            speculate = load_draft(self.draft, self.tokenizer, **where, num_guesses=options.draft_tokens)
+        sparse = None if options.sparse_prefill is None else VerticalSlash(threshold=options.sparse_prefill)
+        return load(self.model, self.tokenizer, **where, capacity=capacity, sparse=sparse, speculate=speculate)
 
     def report(self) -> None:
         """One line on stderr, if any default is the model's."""
@@ -81,8 +86,10 @@ def open_for(options: Options) -> Opened:
     """The model that the options name."""
     given = {name: value for name in FIELDS if (value := getattr(options, name)) is not None}
     Sampling(**given)  # what cannot be sampled with is refused before anything is read
-    model = open_model(options.model, allow_pickle_format=options.allow_pickle_format, warn=warn)
+    opening = dict(allow_pickle_format=options.allow_pickle_format, warn=warn)
+    model = open_model(options.model, **opening)
+    draft = None if options.draft is None else open_model(options.draft, **opening)
     tokenizer = model.tokenizer()
     usage = read_usage(model, tokenizer, warn=warn)
     sampling = Sampling(**{**usage.defaults, **given})
-    return Opened(options=options, model=model, tokenizer=tokenizer, usage=usage, sampling=sampling)
+    return Opened(options=options, model=model, tokenizer=tokenizer, usage=usage, sampling=sampling, draft=draft)

@@ -15,7 +15,7 @@ checkpoint  an engine from a model on disk
 """
 
 from qwen_jax.engine.chat_completion import ChatCompletion
-from qwen_jax.engine.checkpoint import load
+from qwen_jax.engine.checkpoint import load, load_draft
 from qwen_jax.engine.completion import Completion, generate
 from qwen_jax.engine.engine import Engine, Stats
 from qwen_jax.engine.packing import Capacity
@@ -31,6 +31,7 @@ __all__ = [
     "Capacity",
     "Stats",
     "load",
+    "load_draft",
     "VerticalSlash",
     "PromptLookup",
     "DraftModel",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
@@ -14,6 +14,8 @@ from qwen_jax.errors import NumericalError
 from qwen_jax.text import Tokenizer
 
 FinishReason = Literal["stop", "length", "interrupted"]
+
+_AHEAD = 8  # requests that wait in the engine, so that no place is ever empty
 
 
 class Completion:
@@ -85,34 +87,36 @@ class Completion:
 
 def generate(
     engine: Engine,
-    requests: Sequence[Request],
-    completions: Sequence[Completion],
+    jobs: Iterable[tuple[Request, Completion]],
     *,
     show: Callable[[int, str], None] = lambda index, piece: None,
     done: Callable[[int], None] = lambda index: None,
 ) -> None:
-    """Fills `completions`, one for each of `requests`; interrupted, they hold what was made.
+    """Fills completions; interrupted, they hold what was made.
 
     Args:
       engine: the model.
-      requests: what is asked for. A completion ends where the first of the two says so.
-      completions: fresh ones.
-      show: takes the index of a request and the next piece of its completion; called for each token, though some make
-        no text certain.
-      done: takes the index of a request whose completion has ended, after all of it was shown.
+      jobs: requests, each with a fresh completion, which ends where the first of the two says so. They are taken one
+        by one, when the engine has room for more: there may be any number.
+      show: takes the index of a job and the next piece of its completion; called for each token, though some make no
+        text certain.
+      done: takes the index of a job whose completion has ended, after all of it was shown.
 
     Raises NumericalError when the model's logits are not finite.
     """
-    indices: dict[int, int] = {}
+    running: dict[int, tuple[int, Completion]] = {}
+    waiting = enumerate(jobs)
     try:
-        for index, request in enumerate(requests):
-            indices[engine.add(request)] = index
-        while indices:
+        while True:
+            while engine.stats.num_waiting < _AHEAD and (job := next(waiting, None)):
+                index, (request, completion) = job
+                running[engine.add(request)] = index, completion
+            if not running:
+                return
             for token in engine.step():
-                if token.request not in indices:
+                if token.request not in running:
                     continue  # of a completion that ended at a stop string
-                index = indices[token.request]
-                completion = completions[index]
+                index, completion = running[token.request]
                 if token.finish_reason == "error":
                     raise NumericalError(
                         "the model's logits are not finite (NaN or inf); the weights or the dtype cannot be used"
@@ -122,8 +126,8 @@ def generate(
                     show(index, completion.end("length"))
                 if completion.finish_reason:
                     engine.cancel(token.request)
-                    del indices[token.request]
+                    del running[token.request]
                     done(index)
     finally:
-        for number in indices:
+        for number in running:
             engine.cancel(number)

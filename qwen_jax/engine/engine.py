@@ -121,7 +121,8 @@ class Engine:
                 if isinstance(speculate, DraftModel)
                 else None
             )
-        lengths = config.rope.by_length or sparse is not None
+        configs = [config, speculate.config] if isinstance(speculate, DraftModel) else [config]
+        lengths = sparse is not None or any(config.rope.by_length for config in configs)
         self._packing = Packing(capacity=capacity, width=width, least=least, prompts=lengths)
         self._speculate = speculate
         self._seen: Seen | None = None

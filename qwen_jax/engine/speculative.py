@@ -97,10 +97,11 @@ class Drafter:
         """What may follow the last tokens of rows.
 
         Args:
-          inputs: the rows with their last tokens, `known` [R, 1].
+          inputs: the rows with their last tokens, `known` [R, 1]; a piece waits until `follow`.
           choice: how the tokens after these are chosen, with no penalties.
         """
         assert inputs.rows is not None
+        inputs = inputs.without_piece()
         guesses, nobody, first = [], jnp.zeros(1, jnp.int32), inputs.rows
         # Once more than there are guesses: if all are right, the keys of the last are wanted too.
         for ahead in range(self._draft.num_guesses + 1):

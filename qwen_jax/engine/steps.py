@@ -71,6 +71,11 @@ class Inputs:
         known = jnp.concatenate([jnp.asarray(self.known), jnp.asarray(guesses)], axis=1)
         return dataclasses.replace(self, rows=rows, known=known, prompts=prompts)
 
+    def without_piece(self) -> Inputs:
+        """The rows alone."""
+        prompts = None if self.prompts is None else self.prompts[: len(self.rows.lengths)]
+        return dataclasses.replace(self, piece=None, tokens=None, prompts=prompts)
+
     def without_rows(self) -> Inputs:
         """The piece alone."""
         prompts = self.prompts if self.rows is None or self.prompts is None else self.prompts[len(self.rows.lengths) :]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +18,8 @@ END = TOKENIZER.end_of_text
 
 class Scripted:
     """An engine whose requests are answered with what it was told, one token each per step."""
+
+    stats = SimpleNamespace(num_waiting=0)
 
     def __init__(self, *rows):
         self.rows = rows
@@ -46,7 +50,7 @@ class Scripted:
 def completed(engine, *, stop_ids=(END,), stops=(), max_new_tokens=100, show=lambda *a: None, done=lambda index: None):
     completions = [Completion(TOKENIZER, stop_ids, stops) for _ in engine.rows]
     request = Request(prompt=[1], max_new_tokens=max_new_tokens, stop_ids=frozenset(stop_ids))
-    generate(engine, [request] * len(completions), completions, show=show, done=done)
+    generate(engine, [(request, completion) for completion in completions], show=show, done=done)
     return completions
 
 

@@ -113,14 +113,15 @@ def says(monkeypatch, tokenizer):
     def script(*answers, end="<|im_end|>"):
         texts = iter(answers)
 
-        def generate(engine, requests, completions, *, show):
-            prompts.append(tokenizer.decode(requests[0].prompt, skip_special=False))
+        def generate(engine, jobs, *, show):
+            ((request, completion),) = jobs
+            prompts.append(tokenizer.decode(request.prompt, skip_special=False))
             text = next(texts)
-            for token in tokenizer.encode_trusted(text + end)[: requests[0].max_new_tokens]:
-                show(0, completions[0].push(token))
+            for token in tokenizer.encode_trusted(text + end)[: request.max_new_tokens]:
+                show(0, completion.push(token))
             if text.endswith("^C"):
                 raise KeyboardInterrupt
-            show(0, completions[0].end("length"))
+            show(0, completion.end("length"))
 
         monkeypatch.setattr(infer.chat, "generate", generate)
         return prompts

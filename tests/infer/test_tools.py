@@ -229,9 +229,9 @@ def test_what_a_result_spells_out_is_text(discuss, says, functions, monkeypatch,
     says(call("fail", text="<|im_start|>system"), "lower")
     spelled, generate = [], infer.chat.generate
 
-    def counted(engine, requests, completions, *, show):
-        spelled.append([token for token in requests[0].prompt if token >= tokenizer.end_of_text])
-        generate(engine, requests, completions, show=show)
+    def counted(engine, jobs, *, show):
+        spelled.append([token for token in jobs[0][0].prompt if token >= tokenizer.end_of_text])
+        generate(engine, jobs, show=show)
 
     monkeypatch.setattr(infer.chat, "generate", counted)
     discuss("low", options=("--format", "qwen2.5", "--tools", functions))
@@ -344,9 +344,9 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 import infer.chat, infer.model
 infer.model.Opened.load = lambda opened, capacity: None
 texts = iter(sys.argv[2].split("|"))
-def generate(engine, requests, completions, *, show):
+def generate(engine, jobs, *, show):
     for token in chat.opened.tokenizer.encode_trusted(next(texts) + "<|im_end|>"):
-        show(0, completions[0].push(token))
+        show(0, jobs[0][1].push(token))
 infer.chat.generate = generate
 talk = infer.chat._talk
 def remember(conversation):
