@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -10,6 +12,14 @@ from jaxtyping import Array, Float
 from qwen_jax import sharding
 from qwen_jax.ops.linear import contract, letters
 from qwen_jax.ops.norm import rms_norm
+from qwen_jax.ops.quantized import Quantized
+
+
+def weight(module: nn.Module, init: Callable[[Array], Array]) -> Array | Quantized:
+    """The parameter "w" of a module, which may be quantised; where there is none, `init(key)`."""
+    if module.has_variable("params", "w") and isinstance(w := module.get_variable("params", "w"), Quantized):
+        return w  # of other arrays than those of init, which Flax compares
+    return module.param("w", init)
 
 
 class Linear(nn.Module):
@@ -33,7 +43,7 @@ class Linear(nn.Module):
             self.scale, "fan_in", "truncated_normal", in_axis=ins, out_axis=outs
         )
         split = sharding.weight(ws, self.shape)
-        self.w = self.param("w", lambda key: kernel(key, self.shape, self.param_dtype, out_sharding=split))
+        self.w = weight(self, lambda key: kernel(key, self.shape, self.param_dtype, out_sharding=split))
         if self.bias:
             shape = tuple(self.shape[i] for i in outs)
             whole = sharding.gathered("".join(ws[i] for i in outs), shape)
@@ -43,7 +53,7 @@ class Linear(nn.Module):
         y = contract(self.pattern, x, self.w)
         return y + self.b.astype(y.dtype) if self.bias else y
 
-    def weight(self) -> Float[Array, "..."]:
+    def weight(self) -> Float[Array, "..."] | Quantized:
         """w alone, as it is stored."""
         return self.w
 
@@ -67,7 +77,7 @@ class Table(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self) -> Float[Array, "V D"]:
+    def __call__(self) -> Float[Array, "V D"] | Quantized:
         split = sharding.weight("vd", self.shape)
         normal = jax.nn.initializers.normal(0.02)
-        return self.param("w", lambda key: normal(key, self.shape, self.param_dtype, out_sharding=split))
+        return weight(self, lambda key: normal(key, self.shape, self.param_dtype, out_sharding=split))

@@ -9,9 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from qwen_jax import sharding
 from qwen_jax.config import ModelConfig, Moe
-from qwen_jax.model.layers import Linear
+from qwen_jax.model.layers import Linear, weight
 from qwen_jax.model.mlp import MLP
 from qwen_jax.ops.moe import apply_experts
+from qwen_jax.ops.quantized import Quantized
 from qwen_jax.ops.router import Load, load, route
 
 
@@ -46,12 +47,12 @@ class _Stack(nn.Module):
     scale: float = 1.0
 
     @nn.compact
-    def __call__(self) -> Float[Array, "E out in"]:
+    def __call__(self) -> Float[Array, "E out in"] | Quantized:
         kernel = jax.nn.initializers.variance_scaling(
             self.scale, "fan_in", "truncated_normal", in_axis=2, out_axis=1, batch_axis=0
         )
         split = sharding.weight(self.letters, self.shape)
-        return self.param("w", lambda key: kernel(key, self.shape, self.param_dtype, out_sharding=split))
+        return weight(self, lambda key: kernel(key, self.shape, self.param_dtype, out_sharding=split))
 
 
 class MoE(nn.Module):

@@ -16,10 +16,12 @@ from qwen_jax.model.block import Block
 from qwen_jax.model.cache import Batch, Cache
 from qwen_jax.model.heads import ScoreHead
 from qwen_jax.model.layers import RMSNorm, Table
+from qwen_jax.ops import quantized
 from qwen_jax.ops.attention import Implementation
 from qwen_jax.ops.embedding import embed
 from qwen_jax.ops.linear import product
 from qwen_jax.ops.mask import Mask
+from qwen_jax.ops.quantized import Quantized
 from qwen_jax.ops.rope import rotation
 from qwen_jax.ops.router import Load
 from qwen_jax.ops.vertical_slash import VerticalSlash
@@ -60,7 +62,8 @@ class Qwen(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None, Load | None]:
         c = self.config
         dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
-        x = embed(tokens, Table((c.vocab_size, c.width), param_dtype, name="embed")(), dtype=dtype)
+        table = Table((c.vocab_size, c.width), param_dtype, name="embed")()
+        x = embed(tokens, cast(Array, table), dtype=dtype)  # only a head may be quantised
         lengths = _lengths(positions, segments, batch) if c.rope.by_length else None
         search = self.sparse is not None
         turn = rotation(c.rope, positions, lengths, head_dim=c.head_dim, logn=c.logn, dtype=dtype, search=search)
@@ -242,7 +245,7 @@ def hidden_states(
     return [*(layers[f"layers_{i}"]["__call__"][0][0] for i in range(config.num_layers)), last]
 
 
-def head(params: Params) -> Float[Array, "V D"]:
+def head(params: Params) -> Float[Array, "V D"] | Quantized:
     """The output head: its own table, or the embedding where they are tied. A model with a score has none."""
     if "score" in params:
         raise ValueError("a model with a score has no output head: take model.scores(config, params, hidden)")
@@ -251,5 +254,7 @@ def head(params: Params) -> Float[Array, "V D"]:
 
 def logits(params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """The float32 logits of hidden states. For a few positions: a loss takes `ops.loss` instead."""
-    table = sharding.gather(head(params).astype(hidden.dtype), "vd")
-    return product("btd,vd->btv", hidden, table)
+    table = head(params)
+    if isinstance(table, Quantized):
+        return quantized.contract("btd", "v", "d", hidden, table, dtype=jnp.float32)
+    return product("btd,vd->btv", hidden, sharding.gather(table.astype(hidden.dtype), "vd"))

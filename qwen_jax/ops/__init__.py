@@ -3,6 +3,7 @@
 norm        RMSNorm
 rope        positions to rotations
 linear      matrix products named by their letters
+quantized   weights of four or eight bits, and products with them
 embedding   token ids to vectors
 mask        which keys a query may see, as a specification
 attention   softmax attention, dispatched over implementations

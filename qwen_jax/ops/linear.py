@@ -12,22 +12,27 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from qwen_jax import sharding
+from qwen_jax.ops import quantized
+from qwen_jax.ops.quantized import Quantized
 
 # A product of at most this many rows does little more than read the weight.
 _FEW_ROWS = 32
 
 
-def contract(pattern: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, "..."]:
+def contract(pattern: str, x: Float[Array, "..."], w: Float[Array, "..."] | Quantized) -> Float[Array, "..."]:
     """`einsum(pattern, x, w)` for an activation x and a parameter w as stored, e.g. "btd,nhd->btnh".
 
     The letters of w are the outputs, then the inputs, which end x; the result has x's rows, then the outputs.
     w is cast to x's dtype and gathered along fsdp; the result has x's dtype and the sharding of its letters.
+    A quantised w is whole along fsdp, and has no gradient.
     """
     xs, ws, out = letters(pattern)
     inputs = "".join(letter for letter in ws if letter in xs)
     rows, outputs = xs.removesuffix(inputs), ws.removesuffix(inputs)
     if (xs, ws, out) != (rows + inputs, outputs + inputs, rows + outputs):
         raise ValueError(f"{pattern!r} is not rows + inputs, outputs + inputs -> rows + outputs")
+    if isinstance(w, Quantized):
+        return quantized.contract(xs, outputs, inputs, x, w, dtype=x.dtype)
     return _contract(pattern, x, jax.sharding.reshard(w.astype(x.dtype), sharding.weight(ws, w.shape)))
 
 

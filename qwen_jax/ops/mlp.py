@@ -7,12 +7,15 @@ the matrices up in float32 from piece to piece. These are gathered along fsdp on
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from qwen_jax import sharding
+from qwen_jax.ops import quantized
+from qwen_jax.ops.quantized import Quantized
 
 # Tokens of a piece on one device. For 7B, reading the matrices then takes a thirtieth of the time of multiplying with
 # them, and what is made of a piece is 300 MB wherever it is held.
@@ -20,7 +23,9 @@ PIECE = 8192
 
 _LETTERS = ("fd", "fd", "df")  # of gate, up and down
 
-Matrices = tuple[Array, Array, Array]
+Weight = Any  # an array, or Quantized, of which there is no gradient
+Matrices = tuple[Weight, Weight, Weight]
+Splits = tuple[Any, ...]  # a PartitionSpec of each, or Quantized with one in the place of each array
 Letters = tuple[str, str, str]
 
 
@@ -30,10 +35,14 @@ def in_pieces(x: Float[Array, "B T D"]) -> bool:
 
 
 def mlp(
-    x: Float[Array, "B T D"], gate: Float[Array, "F D"], up: Float[Array, "F D"], down: Float[Array, "D F"]
+    x: Float[Array, "B T D"],
+    gate: Float[Array, "F D"] | Quantized,
+    up: Float[Array, "F D"] | Quantized,
+    down: Float[Array, "D F"] | Quantized,
 ) -> Float[Array, "B T D"]:
-    """`down(silu(gate(x)) * up(x))` in x's dtype; the matrices are parameters as stored, cast to it."""
+    """`down(silu(gate(x)) * up(x))` in x's dtype; the matrices are parameters as stored, cast to it or quantised."""
     matrices = cast(_LETTERS, (gate, up, down), x.dtype)
+    x = quantized.only_forward(x, matrices)
     return _mlp(jax.sharding.reshard(x, sharding.activation("btd", x.shape)), matrices)
 
 
@@ -47,8 +56,8 @@ def _forward(x, matrices):
         gate, up, down = whole(matrices, splits)
 
         def piece(x):
-            hidden = _gated(dot(x, gate, 1, 1).astype(x.dtype), dot(x, up, 1, 1).astype(x.dtype))
-            return jax.lax.psum(dot(hidden, down, 1, 1), "tensor").astype(x.dtype)
+            hidden = _gated(outputs(x, gate).astype(x.dtype), outputs(x, up).astype(x.dtype))
+            return jax.lax.psum(outputs(hidden, down), "tensor").astype(x.dtype)
 
         return _joined(jax.lax.map(piece, _pieces(x)), like=x)
 
@@ -94,23 +103,24 @@ def _gated(gate: Array, up: Array) -> Array:
 
 
 def cast(letters: Letters, matrices: Matrices, dtype: jnp.dtype) -> Matrices:
-    """Parameters as stored, in the dtype of activations."""
-    gate, up, down = (
-        jax.sharding.reshard(w.astype(dtype), split)
-        for w, split in zip(matrices, splits_of(letters, matrices), strict=True)
-    )
-    return gate, up, down
+    """Parameters as stored, in the dtype of activations where they are not quantised."""
+    gate, up, down = (w if isinstance(w, Quantized) else w.astype(dtype) for w in matrices)
+    return jax.tree.map(jax.sharding.reshard, (gate, up, down), splits_of(letters, matrices))
 
 
-def splits_of(letters: Letters, matrices: Matrices) -> tuple[P, ...]:
+def splits_of(letters: Letters, matrices: Matrices) -> Splits:
     """How gate, up and down are split, from the letters of each."""
-    return tuple(sharding.weight(of_one, w.shape) for of_one, w in zip(letters, matrices, strict=True))
+    return tuple(
+        quantized.split(of_one, of_one[-1], w) if isinstance(w, Quantized) else sharding.weight(of_one, w.shape)
+        for of_one, w in zip(letters, matrices, strict=True)
+    )
 
 
-def whole(matrices: Matrices, splits: tuple[P, ...]) -> Matrices:
+def whole(matrices: Matrices, splits: Splits) -> Matrices:
     """Inside shard_map: the matrices whole along fsdp."""
     gate, up, down = (
-        sharding.all_gather(w, axis=sharding.fsdp_dimension(split)) for w, split in zip(matrices, splits, strict=True)
+        w if isinstance(w, Quantized) else sharding.all_gather(w, axis=sharding.fsdp_dimension(split))
+        for w, split in zip(matrices, splits, strict=True)
     )
     return gate, up, down
 
@@ -126,6 +136,11 @@ def _pieces(x: Float[Array, "B T D"]) -> Float[Array, "pieces tokens D"]:
 def _joined(pieces: Float[Array, "pieces tokens D"], like: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     batch, length, width = like.shape
     return pieces.reshape(-1, width)[: batch * length].reshape(like.shape)
+
+
+def outputs(x: Array, w: Weight) -> Array:
+    """Inside shard_map: the product of rows and a matrix over its inputs, in float32."""
+    return quantized.dot(x, w) if isinstance(w, Quantized) else dot(x, w, 1, 1)
 
 
 def dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:

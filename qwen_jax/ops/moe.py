@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qwen_jax import sharding
-from qwen_jax.ops.mlp import Matrices, cast, dot, splits_of, whole
+from qwen_jax.ops import quantized
+from qwen_jax.ops.mlp import Matrices, cast, dot, outputs, splits_of, whole
+from qwen_jax.ops.quantized import Quantized
 
 # Rows of a block: a multiple of the first, which fills registers, and no more than the second, from which on a block
 # does not become faster.
@@ -50,9 +52,9 @@ def apply_experts(
     x: Float[Array, "B T D"],
     weights: Float[Array, "B T k"],
     experts: Int[Array, "B T k"],
-    gate: Float[Array, "E F D"],
-    up: Float[Array, "E F D"],
-    down: Float[Array, "E D F"],
+    gate: Float[Array, "E F D"] | Quantized,
+    up: Float[Array, "E F D"] | Quantized,
+    down: Float[Array, "E D F"] | Quantized,
 ) -> Float[Array, "B T D"]:
     """The sum over a token's experts of weight * down(silu(gate(x)) * up(x)), in x's dtype, added up in float32.
 
@@ -60,12 +62,13 @@ def apply_experts(
       x: tokens.
       weights: of each choice of a token.
       experts: the choices, different from each other for one token.
-      gate, up, down: parameters as stored; they are cast to x's dtype and gathered along fsdp.
+      gate, up, down: parameters as stored; they are cast to x's dtype and gathered along fsdp, but for quantised ones.
 
     The devices along `expert` have each some of the experts: each is given the tokens of all of them, and returns to
     each its share of the sum.
     """
     matrices = cast(_LETTERS, (gate, up, down), x.dtype)
+    x = quantized.only_forward(x, matrices)
     rows = sharding.activation("btd", x.shape)
     x, weights, experts = (jax.sharding.reshard(each, rows) for each in (x, weights, experts))
     return _apply(x, weights, experts, matrices)
@@ -79,7 +82,7 @@ def _apply(x, weights, experts, matrices):
 def _forward(x, weights, experts, matrices):
     def local(x, weights, experts, matrices):
         tokens = _Tokens.of_group(x, weights, experts)
-        y = _blocks_forward(tokens, whole(matrices, splits), _Order.of(tokens, matrices[0].shape[0]))
+        y = _blocks_forward(tokens, whole(matrices, splits), _Order.of(tokens, len(jax.tree.leaves(matrices)[0])))
         return _returned(y, like=x)
 
     rows, splits = sharding.activation("btd", x.shape), splits_of(_LETTERS, matrices)
@@ -211,8 +214,8 @@ def _blocks_forward(tokens: _Tokens, matrices: Matrices, order: _Order) -> Array
         block = order.block(expert, i - (ends - order.blocks)[expert], tokens)
         x, weights = block.rows_of(tokens.x), block.weights_of(tokens.weights)
         gate, up, down = (w[expert] for w in matrices)
-        hidden = _weighted(dot(x, gate, 1, 1), dot(x, up, 1, 1), weights).astype(x.dtype)
-        return block.add(y, dot(hidden, down, 1, 1))
+        hidden = _weighted(outputs(x, gate), outputs(x, up), weights).astype(x.dtype)
+        return block.add(y, outputs(hidden, down))
 
     return jax.lax.fori_loop(0, ends[-1], add_block, jnp.zeros(tokens.x.shape, jnp.float32))
 
