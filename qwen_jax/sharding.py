@@ -208,6 +208,11 @@ def fsdp_dimension(spec: P) -> int | None:
     return next((i for i, axis in enumerate(spec) if "fsdp" in _names(axis)), None)
 
 
+def whole_along_fsdp(spec: P) -> P:
+    """A way to split, without the axis fsdp."""
+    return P(*(tuple(name for name in _names(axis) if name != "fsdp") for axis in spec))
+
+
 def _names(axis: Axis) -> tuple[str, ...]:
     return (axis,) if isinstance(axis, str) else axis or ()
 

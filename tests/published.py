@@ -30,7 +30,7 @@ QWEN1_OLD_NAMES = {
 # Of the largest value: float32 on both sides, sums in another order, some layers deep.
 RELATIVE = 1e-5
 
-_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}
 
 
 def tiny_tokenizer() -> Tokenizer:

@@ -256,5 +256,5 @@ def logits(params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V
     """The float32 logits of hidden states. For a few positions: a loss takes `ops.loss` instead."""
     table = head(params)
     if isinstance(table, Quantized):
-        return quantized.contract("btd", "v", "d", hidden, table, dtype=jnp.float32)
+        return quantized.contract("btd", "v", "d", hidden, table, dtype=jnp.dtype("float32"))
     return product("btd,vd->btv", hidden, sharding.gather(table.astype(hidden.dtype), "vd"))

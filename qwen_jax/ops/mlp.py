@@ -111,7 +111,9 @@ def cast(letters: Letters, matrices: Matrices, dtype: jnp.dtype) -> Matrices:
 def splits_of(letters: Letters, matrices: Matrices) -> Splits:
     """How gate, up and down are split, from the letters of each."""
     return tuple(
-        quantized.split(of_one, of_one[-1], w) if isinstance(w, Quantized) else sharding.weight(of_one, w.shape)
+        quantized.split(sharding.gathered(of_one, w.shape), 1, w)
+        if isinstance(w, Quantized)
+        else sharding.weight(of_one, w.shape)
         for of_one, w in zip(letters, matrices, strict=True)
     )
 

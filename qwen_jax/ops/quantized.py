@@ -64,14 +64,13 @@ def is_packed() -> bool:
     return sharding.platform() == "cpu"
 
 
-def split(letters: str, inputs: str, w: Quantized) -> Quantized:
-    """How each array of a weight is split: as the weight it stands for, which has these letters, but whole along fsdp.
+def split(of_weight: P, outputs: int, w: Quantized) -> Quantized:
+    """How each array is split where the weight it stands for, of so many output axes, is split as `of_weight` says.
 
-    Raises ConfigError where a split would go through a group of inputs.
+    Raises ConfigError where that would go through a group of inputs.
     """
-    axes = dict(zip(letters, sharding.gathered(letters, w.shape), strict=True))
-    stack = [axes[letter] for letter in letters if letter == "e"]
-    rows, columns = axes[inputs[0]], axes[letters[len(stack)]]
+    first = w.scales.ndim - 2  # of experts there is an axis more
+    stack, columns, rows = of_weight[:first], of_weight[first], of_weight[first + outputs]
     groups, ways = w.scales.shape[-2], sharding.axis_size(rows)
     if groups > 1 and groups % ways:
         raise ConfigError(
@@ -90,7 +89,8 @@ def contract(
     """The product of x, whose letters `xs` end with the inputs, and w, in `dtype`: x's rows, then the outputs."""
     rows = xs.removesuffix(inputs)
     shape = x.shape[: len(rows)] + w.shape[: len(outputs)]
-    specs, axis = split(outputs + inputs, inputs, w), sharding.gathered(outputs + inputs, w.shape)[len(outputs)]
+    of_weight = sharding.gathered(outputs + inputs, w.shape)
+    specs, axis = split(of_weight, len(outputs), w), of_weight[len(outputs)]
 
     def local(x: Array, w: Quantized) -> Array:
         y = dot(x.reshape(math.prod(x.shape[: len(rows)]), -1), w)

@@ -132,8 +132,7 @@ _MISSING_HINTS = {
     "*_norm.weight": "Qwen3 has these norms and Qwen2 has not: is model_type right?",
 }
 _UNKNOWN_HINTS = {
-    "*.qweight": "these weights are quantised, which is not read: take the unquantised model",
-    "*.qzeros": "these weights are quantised, which is not read: take the unquantised model",
+    "*.qweight": "these weights are quantised, and config.json has no quantization_config, which says how",
     "*mlp.experts.gate_up_proj": "experts are read one by one, as they are published, and these are joined",
     "*mlp.experts.[0-9]*": "this is a mixture of experts: is model_type right?",
     "*.lora_[AB].*": "this is an adapter: merge it into its model first",

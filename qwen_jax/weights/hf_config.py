@@ -15,6 +15,7 @@ from qwen_jax.config import DType, ModelConfig, Moe, QwenNTK, Rope, Score
 from qwen_jax.errors import ConfigError, ModelError
 from qwen_jax.weights.fields import MAX_POSITION, Fields
 from qwen_jax.weights.hf import ModelType, check_model_type
+from qwen_jax.weights.hf_quantization import read_quantization
 from qwen_jax.weights.hf_rope import length_of, read_rope, scaling_fields, served
 
 # Far above every published model, as the limits of other sizes.
@@ -78,7 +79,6 @@ _FIXED = {
 # Likewise in mixtures of experts, every layer of which is one.
 _FIXED_MOE = {"decoder_sparse_step": 1, "mlp_only_layers": [], "qkv_bias": True}
 _REFUSED = {
-    "quantization_config": "quantised weights are not read: take the unquantised model",
     "visual": "only models of text are read",
     "vision_config": "only models of text are read",
 }
@@ -106,6 +106,7 @@ def from_hf(values: Mapping[str, Any], *, where: str) -> ModelConfig:
     for name, reason in _REFUSED.items():
         if values.get(name):
             raise ModelError(f"{where}: it has a {name}, and {reason}")
+    read_quantization(values, where=where)  # says nothing of the function, but may be of a kind that is not read
     fixed = _FIXED | (_FIXED_MOE if model_type.endswith("_moe") else {})
     for name, wanted in fixed.items():
         if values.get(name) not in (None, wanted):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.config import DType
+from qwen_jax.errors import ModelError
 from qwen_jax.model import Params, abstract, unstack_layers
+from qwen_jax.ops.quantized import Quantized
 from qwen_jax.weights import hf
+from qwen_jax.weights.load_quantized import load_quantized
 from qwen_jax.weights.source import NativeCheckpoint, PublishedFolder
 
 
@@ -21,22 +24,32 @@ def load_params(model: PublishedFolder | NativeCheckpoint, *, dtype: DType, stac
     """The parameters in `dtype`, split over the current mesh as `model.abstract` says.
 
     Args:
-      model: where they are.
-      dtype: they are cast to it.
-      stacked: whether layers are one tree of [L, ...] arrays, or one tree each.
+      model: where they are. Weights that are quantised there are so here.
+      dtype: all others are cast to it.
+      stacked: whether layers are one tree of [L, ...] arrays, or one tree each; quantised ones are one tree each.
 
-    Raises ModelError if the files are damaged.
+    Raises ModelError if the files are damaged, ConfigError if quantised weights cannot be split over the mesh.
     """
     if isinstance(model, NativeCheckpoint):
         params = model.checkpoint.load("params", abstract(model.config))
         params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
         return params if stacked else unstack_layers(params)
+    if stacked and model.quantized.names:
+        raise ModelError(
+            f"{model.path} is quantised, and those weights are for decoding; to train them, write them unquantised "
+            "first: python -m qwen_jax.weights.convert SRC DST --dtype bfloat16"
+        )
     shapes = abstract(model.config)
     shapes = shapes if stacked else jax.eval_shape(unstack_layers, shapes)
-    read = _reader(model)
+    found = _parts(model.table)
+    read = _reader(model, found)
 
-    def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array | Quantized:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if places := _quantized(model, found, *_stacked_path(name)):
+            _, part, rows = places[0]
+            names = [(tensor.name, rows) for tensor, _, rows in places]
+            return load_quantized(model.quantized, names, leaf, shape=part.shape, outputs=_output_axes(part, rows))
         part = lambda index: read(name, leaf.shape, index).astype(dtype, copy=False)
         sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
         return jax.make_array_from_callback(leaf.shape, sharding, part)
@@ -44,12 +57,38 @@ def load_params(model: PublishedFolder | NativeCheckpoint, *, dtype: DType, stac
     return cast(Params, jax.tree.map_with_path(load, shapes))
 
 
-def _reader(model: PublishedFolder) -> Callable[[str, tuple[int, ...], tuple[slice, ...]], np.ndarray]:
+# An array, or one layer or expert of it, and the rows of the published tensor that it is.
+_Place = tuple[hf.Tensor, hf.Part, slice]
+_Parts = Mapping[tuple[str, tuple[int, ...]], _Place]
+
+
+def _parts(table: Sequence[hf.Tensor]) -> _Parts:
+    return {
+        (part.path, part.stack): (tensor, part, rows)
+        for tensor in table
+        for part, rows in zip(tensor.parts, tensor.rows, strict=True)
+    }
+
+
+def _stacked_path(path: str) -> tuple[str, tuple[int, ...]]:
+    """Where an array is in the stacked tree: its path, and the layer if it is one of several."""
+    if single := re.match(r"layers_(\d+)/", path):
+        return f"layers/{path[single.end() :]}", (int(single[1]),)
+    return path, ()
+
+
+def _quantized(model: PublishedFolder, found: _Parts, path: str, stack: tuple[int, ...]) -> list[_Place]:
+    """Where an array is, or the arrays of the experts that it holds, if they are quantised; else nothing."""
+    experts = [(path, (*stack, e)) for e in range(model.config.moe.num_experts if model.config.moe else 0)]
+    places = [found[key] for key in [(path, stack), *experts] if key in found]
+    quantized = [tensor.name in model.quantized.names for tensor, _, _ in places]
+    if any(quantized) and not all(quantized):
+        raise ModelError(f"{model.path}: of the experts with {places[0][0].name}, some are quantised and some are not")
+    return places if all(quantized) else []
+
+
+def _reader(model: PublishedFolder, found: _Parts) -> Callable[[str, tuple[int, ...], tuple[slice, ...]], np.ndarray]:
     """What reads a slice of one of our arrays, stacked or of one layer, from the published tensors it is made of."""
-    found: dict[tuple[str, tuple[int, ...]], tuple[hf.Tensor, hf.Part, slice]] = {}
-    for tensor in model.table:
-        for part, rows in zip(tensor.parts, tensor.rows, strict=True):
-            found[part.path, part.stack] = (tensor, part, rows)
 
     def gather(path: str, stack: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         """The slice of an array below the indices `stack`, of which there may be more to come."""
@@ -61,19 +100,22 @@ def _reader(model: PublishedFolder) -> Callable[[str, tuple[int, ...], tuple[sli
 
     def read(path: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True))
-        if single := re.match(r"layers_(\d+)/", path):
-            return gather(f"layers/{path[single.end() :]}", (int(single[1]),), index)
-        return gather(path, (), index)
+        return gather(*_stacked_path(path), index)
 
     return read
 
 
 def _published(part: hf.Part, rows: slice, index: tuple[slice, ...]) -> tuple[slice, ...]:
     """The rows and columns of a published tensor, of which `rows` are this part, that are `index` of the part."""
-    outputs = next(n for n in range(1, len(part.shape) + 1) if math.prod(part.shape[:n]) == rows.stop - rows.start)
+    outputs = _output_axes(part, rows)
     row = _joined(part.shape[:outputs], index[:outputs])
     down = slice(rows.start + row.start, rows.start + row.stop)
     return (down,) if outputs == len(part.shape) else (down, _joined(part.shape[outputs:], index[outputs:]))
+
+
+def _output_axes(part: hf.Part, rows: slice) -> int:
+    """How many of the axes of a part are rows of its published tensor."""
+    return next(n for n in range(1, len(part.shape) + 1) if math.prod(part.shape[:n]) == rows.stop - rows.start)
 
 
 def _joined(shape: tuple[int, ...], index: tuple[slice, ...]) -> slice:

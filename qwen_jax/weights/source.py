@@ -24,6 +24,8 @@ from qwen_jax.text import Tokenizer
 from qwen_jax.weights import hf, hf_config, hub, manifest, strict_json
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from qwen_jax.weights.folder import inside, is_plain_name, open_folder
+from qwen_jax.weights.hf_quantization import Quantization, read_quantization
+from qwen_jax.weights.quantized import QuantizedTensors
 from qwen_jax.weights.stored import StoredArrays
 from qwen_jax.weights.tensors import RegularFile, quoted
 
@@ -146,7 +148,10 @@ class Model(abc.ABC):
 
 
 class PublishedFolder(Model):
-    """A folder as published: config.json, safetensors or PyTorch files, the tokenizer's files."""
+    """A folder as published: config.json, safetensors or PyTorch files, the tokenizer's files.
+
+    Quantised weights are read as the numbers they stand for; `quantized` reads them as they are.
+    """
 
     def __init__(self, path: Path, *, allow_pickle_format: bool = False) -> None:
         self.path = path
@@ -156,18 +161,23 @@ class PublishedFolder(Model):
         self.table = hf.table(self.config, self.model_type)
         self.files = open_folder(path, allow_pickle_format=allow_pickle_format)
         try:
+            self.quantized = QuantizedTensors(self.files, _quantization(self._side_files["config.json"], path))
             second = self._check_tensors()
         except BaseException:
             self.close()
             raise
         self.layout = self.files.layout
-        if len(self.files.tensors) != len(self.table) + len(second):
+        if self.quantized.names or len(self.files.tensors) != len(self.table) + len(second):
             self.layout = None  # a file of ours would lack the buffers that are in these
 
     def dtype(self, tensor: hf.Tensor) -> np.dtype:
+        if tensor.name in self.quantized.names:
+            return np.dtype(np.float32)  # which holds what they stand for
         return self.files.tensors[tensor.name].dtype
 
     def read(self, piece: Piece) -> np.ndarray:
+        if piece.tensor.name in self.quantized.names:
+            return self.quantized.dequantize(piece.tensor.name, piece.rows).reshape(piece.shape)
         return self.files.read(piece.tensor.name, (piece.rows,)).reshape(piece.shape)
 
     def side_files(self) -> dict[str, bytes]:
@@ -180,16 +190,18 @@ class PublishedFolder(Model):
         self.files.close()
 
     def _check_tensors(self) -> dict[str, str]:
-        """What hf.match returns. Raises ModelError unless the tensors are those of the table, and not quantised."""
-        second = hf.match(
-            self.table, {name: info.shape for name, info in self.files.tensors.items()}, where=str(self.path)
-        )
+        """What hf.match returns. Raises ModelError unless the tensors are those of the table, in types that we read."""
+        shapes = self.quantized.shapes({tensor.name for tensor in self.table})
+        second = hf.match(self.table, shapes, where=str(self.path))
         for tensor in self.table:
             if str(self.dtype(tensor)) not in _FLOATS:
                 raise ModelError(
                     f"{self.files.where(tensor.name)} is {self.dtype(tensor)}, and {', '.join(_FLOATS)} are read: "
-                    "take the unquantised model"
+                    "take the unquantised model, or one in the form of GPTQ or AWQ"
                 )
+        for name in (self.table[0].name, *second):
+            if name in self.quantized.names:
+                raise ModelError(f"{self.path}: {name} is the embedding, which is not read where it is quantised")
         for name, same in second.items():
             self._check_equal(name, same)
         return second
@@ -291,6 +303,10 @@ def _located(reference: str | Path, *, allow_pickle_format: bool = False) -> Ite
 def _published_config(contents: bytes, path: Path) -> tuple[ModelConfig, hf.ModelType]:
     values = parse_json(contents, path)
     return hf_config.from_hf(values, where=str(path)), values["model_type"]
+
+
+def _quantization(contents: bytes, path: Path) -> Quantization | None:
+    return read_quantization(parse_json(contents, path / "config.json"), where=str(path / "config.json"))
 
 
 def _native_config(checkpoint: Checkpoint) -> ModelConfig:

@@ -45,3 +45,18 @@ def random(
         shape=shape,
     )
     return w, wide.T.reshape(shape)
+
+
+def wide(w: Quantized, inputs: int) -> np.ndarray:
+    """What a weight whose last `inputs` axes are inputs stands for, of experts too."""
+    values, scales, middle = np.asarray(w.values), np.asarray(w.scales, np.float32), 2 ** (w.bits - 1)
+    if values.dtype == np.int32:
+        shifts = np.arange(0, 32, w.bits)
+        numbers = (values[..., None, :] >> shifts[:, None] & 2 * middle - 1) - middle
+    else:
+        numbers = values.astype(int)
+    numbers = numbers.reshape(*scales.shape[:-1], -1, scales.shape[-1])
+    zeros = 0 if w.zeros is None else np.asarray(w.zeros, int)[..., None, :]
+    found = (numbers - zeros) * scales[..., None, :]
+    stack, size = w.shape[: scales.ndim - 2], math.prod(w.shape[len(w.shape) - inputs :])
+    return np.swapaxes(found.reshape(*stack, size, -1), -1, -2).reshape(w.shape).astype(np.float32)

@@ -1,0 +1,119 @@
+"""Quantised folders: what their numbers stand for, and models that compute with them as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax import model, sharding
+from qwen_jax.config import Moe
+from qwen_jax.ops.quantized import Quantized
+from qwen_jax.weights import load_quantized
+from qwen_jax.weights.load import load_params
+from qwen_jax.weights.quantized import pack, unpack
+from qwen_jax.weights.source import Piece, open_model
+from tests.conftest import tiny_config
+from tests.ops.quantized import wide
+from tests.published import logits, tree_of
+from tests.weights.quantized import AWQ, AWQ_ORDER, GPTQ, columns_packed, publish_quantised
+
+DENSE = tiny_config(vocab_size=260, num_layers=2, head_dim=8, mlp_width=64, tie_embeddings=False)
+EXPERTS = dataclasses.replace(
+    DENSE, mlp_width=0, moe=Moe(num_experts=4, top_k=2, expert_width=16, shared_width=32, normalize_top_k=False)
+)
+QWEN1 = dataclasses.replace(DENSE, num_kv_heads=4)
+FOLDERS = {
+    "gptq": ("qwen2", DENSE, GPTQ, 0),
+    "gptq with a head": ("qwen2", DENSE, GPTQ, 8),
+    "gptq, 8 bits, a scale for each output": ("qwen2", DENSE, GPTQ | {"bits": 8, "group_size": -1}, 0),
+    "gptq, its own zeros": ("qwen2", DENSE, GPTQ | {"sym": False}, 0),
+    "gptq, version 2": ("qwen2", DENSE, GPTQ | {"checkpoint_format": "gptq_v2", "sym": False}, 0),
+    "gptq of Qwen1": ("qwen", QWEN1, GPTQ, 0),
+    "gptq of experts": ("qwen2_moe", EXPERTS, GPTQ, 0),
+    "awq": ("qwen2", DENSE, AWQ, 0),
+    "awq of experts": ("qwen2_moe", EXPERTS, AWQ, 0),
+}
+# Of the largest logit: sums in another order.
+RELATIVE = 1e-5
+
+
+@pytest.fixture(params=FOLDERS)
+def published(request, tmp_path):
+    model_type, config, how, head_bits = FOLDERS[request.param]
+    return tmp_path / "model", publish_quantised(tmp_path / "model", config, model_type, how, head_bits=head_bits)
+
+
+def test_golden_words():
+    words = lambda numbers, bits: pack(np.array(numbers)[:, None], bits).view(np.uint32)[0, 0]
+    assert words([7] * 8, 4) == 0x77777777 and words([127] * 4, 8) == 0x7F7F7F7F
+    assert words(list(range(8)), 4) == 0x76543210
+    assert columns_packed(np.arange(8)[None], 4, AWQ_ORDER)[0, 0] == 0x75316420
+    numbers = np.random.default_rng(0).integers(0, 16, (24, 5)).astype(np.uint8)
+    np.testing.assert_array_equal(unpack(pack(numbers, 4), 4), numbers)
+
+
+def test_the_numbers_are_those_that_were_published(published):
+    folder, named = published
+    with open_model(folder) as source:
+        for tensor in source.table:
+            for part, rows in zip(tensor.parts, tensor.rows, strict=True):
+                middle = part.shape[0] // 2
+                ratio = (rows.stop - rows.start) // part.shape[0]
+                cut = slice(rows.start + middle * ratio, rows.stop)
+                got = source.read(Piece(tensor, part, cut, middle, part.shape[0]))
+                np.testing.assert_array_equal(got.reshape(-1), named[tensor.name][cut].reshape(-1))
+
+
+def load(folder):
+    """The model's parameters, and the same made wide: one entry per layer."""
+    source = open_model(folder)
+    params = load_params(source, dtype="float32", stacked=False)
+    is_leaf = lambda w: isinstance(w, Quantized)
+
+    def widen(path, w):
+        inputs = 2 if "'o'" in jax.tree_util.keystr(path) else 1
+        return wide(w, inputs) if is_leaf(w) else np.asarray(w)
+
+    return source, params, jax.tree.map_with_path(widen, params, is_leaf=is_leaf)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_each_array_is_where_the_model_looks_for_it(published, monkeypatch, packed):
+    folder, named = published
+    monkeypatch.setattr(load_quantized, "is_packed", lambda: packed)
+    axes = dict(fsdp=2, expert=2) if any("experts" in name for name in named) else dict(fsdp=2, tensor=2)
+    with jax.set_mesh(sharding.make_mesh(**axes, devices=jax.devices()[:4])):
+        source, params, found = load(folder)
+        want = model.unstack_layers(jax.tree.map(jnp.asarray, tree_of(source.config, source.table, named)))
+        jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(np.asarray, want))
+    kinds = {str(x.dtype) for x in jax.tree.leaves(params)}
+    assert ("int32" in kinds) == packed
+
+
+@pytest.mark.parametrize("name, packed", [("gptq with a head", True), ("awq of experts", False)])
+def test_the_model_computes_what_the_wide_one_does(tmp_path, mesh, monkeypatch, name, packed):
+    model_type, config, how, head_bits = FOLDERS[name]
+    publish_quantised(tmp_path / "model", config, model_type, how, head_bits=head_bits)
+    monkeypatch.setattr(load_quantized, "is_packed", lambda: packed)
+    _, params, found = load(tmp_path / "model")
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 260, (2, 5)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32), ids.shape)
+    got, want = (logits(config, each, ids, positions)[0] for each in (params, jax.tree.map(jnp.asarray, found)))
+    np.testing.assert_allclose(got, want, atol=RELATIVE * float(jnp.abs(want).max()))
+
+
+def test_split_over_a_mesh_the_model_computes_the_same(tmp_path):
+    config = dataclasses.replace(EXPERTS, num_layers=1)
+    publish_quantised(tmp_path / "model", config, "qwen2_moe", GPTQ)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 260, (2, 5)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32), ids.shape)
+    found = []
+    for axes in ({}, dict(tensor=2, expert=2)):
+        with jax.set_mesh(sharding.make_mesh(**axes, devices=jax.devices()[: 4 if axes else 1])):
+            _, params, _ = load(tmp_path / "model")
+            found.append(np.asarray(logits(config, params, ids, positions)[0]))
+    np.testing.assert_allclose(*found, atol=RELATIVE * np.abs(found[0]).max())
