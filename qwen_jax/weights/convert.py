@@ -1,8 +1,9 @@
 """Models from one form to the other: `python -m qwen_jax.weights.convert SRC DST [--to hf|native] [--dtype TYPE]`.
 
 Published folders become checkpoints of this library, checkpoints become published folders, and either can be written
-again in another dtype. Weights pass through in pieces, so memory does not grow with the model. DST appears when all
-of it is on the disk and has been read back and compared: then it holds certificate.json.
+again in another dtype, or with `--quantize int4-g128` as a published folder in the form of GPTQ. Weights pass through
+in pieces, so memory does not grow with the model. DST appears when all of it is on the disk and has been read back
+and compared: then it holds certificate.json.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import math
 import os
 import shutil
@@ -26,8 +28,10 @@ from qwen_jax.command import Parser, run_command
 from qwen_jax.errors import ConfigError, FileError, ModelError
 from qwen_jax.weights import hf, publish
 from qwen_jax.weights.checkpoint import Checkpoint
+from qwen_jax.weights.hf_quantization import parse as parse_quantization
 from qwen_jax.weights.manifest import sync
 from qwen_jax.weights.progress import Bytes
+from qwen_jax.weights.quantize import QuantizedSink, Rounding
 from qwen_jax.weights.sinks import NativeSink, PublishedSink, Sink, write_files
 from qwen_jax.weights.source import Model, NativeCheckpoint, Piece, PublishedFolder, open_model, pieces
 from qwen_jax.weights.verify import Certificate, add_model_options, certify, in_threads, to_json
@@ -35,7 +39,15 @@ from qwen_jax.weights.verify import Certificate, add_model_options, certify, in_
 CERTIFICATE = "certificate.json"
 
 
-def convert(source: Model, target: Path, *, to: str, dtype: str | None, say: Callable[[str], None]) -> None:
+def convert(
+    source: Model,
+    target: Path,
+    *,
+    to: str,
+    dtype: str | None,
+    say: Callable[[str], None],
+    rounding: Rounding | None = None,
+) -> None:
     """Writes a model to the folder `target`.
 
     Args:
@@ -44,18 +56,21 @@ def convert(source: Model, target: Path, *, to: str, dtype: str | None, say: Cal
       to: "hf" for a published folder, "native" for a checkpoint of this library.
       dtype: type to cast the weights to; None for the one they have.
       say: takes a line for each stage.
+      rounding: of weights that are quantised, to a published folder.
 
     Raises ConfigError or FileError if `target` cannot be written, ModelError if the model cannot be held in that form
     or if what was written does not read back equal.
     """
     dtypes = _dtypes(source, to, dtype)
-    size = sum(dtypes[tensor.name].itemsize * math.prod(tensor.shape) for tensor in source.table)
+    if rounding:
+        dtypes |= dict.fromkeys(rounding.names, np.dtype(np.float32))  # what they are rounded from
+    size, lost = _size(source.table, dtypes), dict[str, tuple[float, float]]()
     target = Path(os.path.realpath(target))  # a folder cannot be renamed onto a link
-    make = _published if to == "hf" else _native
+    make = functools.partial(_published, rounding=rounding) if to == "hf" else _native
     try:
         _check_target(source.path, target)
         with _partial_folder(target) as partial:
-            _check_room(target, size)
+            _check_room(target, _size(*rounding.tensors(source.table, dtypes)) if rounding else size)
             start = time.perf_counter()
             sink = make(source, partial, dtypes)
             with Bytes("converting", size) as progress, sink:
@@ -64,13 +79,19 @@ def convert(source: Model, target: Path, *, to: str, dtype: str | None, say: Cal
             speed = f"{size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e6 / seconds:.0f} MB/s)"
             say(f"{len(source.table)} tensors, {speed}")
             with Bytes("verifying", size) as progress, _reopen(partial, to) as copy:
-                certificate = _certify_copy(source, copy, progress.advance)
+                certificate = _certify_copy(source, copy, progress.advance, rounding, lost)
             write_files(partial, {CERTIFICATE: to_json(certificate).encode()})
             os.rename(partial, target)
             sync(target.parent)
     except OSError as error:
         raise FileError(f"{target} cannot be written: {error.strerror}") from error
     say(f"every tensor reads back equal: {target / CERTIFICATE}")
+    if lost:
+        say(_of_loss(lost))
+
+
+def _size(table: Sequence[hf.Tensor], dtypes: Mapping[str, np.dtype]) -> int:
+    return sum(dtypes[tensor.name].itemsize * math.prod(tensor.shape) for tensor in table)
 
 
 def _copy(source: Model, sink: Sink, dtypes: Mapping[str, np.dtype], advance: Callable[[int], None]) -> None:
@@ -84,11 +105,25 @@ def _copy(source: Model, sink: Sink, dtypes: Mapping[str, np.dtype], advance: Ca
     in_threads(one, source.table)
 
 
-def _certify_copy(source: Model, copy: Model, advance: Callable[[int], None]) -> Certificate:
-    """The certificate of `copy`. Raises ModelError unless every value is that of `source`."""
+def _certify_copy(
+    source: Model,
+    copy: Model,
+    advance: Callable[[int], None],
+    rounding: Rounding | None,
+    lost: dict[str, tuple[float, float]],
+) -> Certificate:
+    """The certificate of `copy`. Raises ModelError unless every value is that of `source`, where need be rounded.
+
+    Puts the sums of squares of what that loses of a tensor, and of all of it, into `lost`.
+    """
 
     def check(piece: Piece, values: np.ndarray) -> None:
-        wanted = source.read(piece).astype(values.dtype, copy=False)
+        wanted, name = source.read(piece).astype(values.dtype, copy=False), piece.tensor.name
+        if rounding and name in rounding.names:
+            whole = wanted.reshape(-1, piece.tensor.shape[1])
+            wanted = rounding.round(name, whole)
+            sums = lost.get(name, (0.0, 0.0))
+            lost[name] = (sums[0] + float(np.square(wanted - whole).sum()), sums[1] + float(np.square(whole).sum()))
         if not np.array_equal(_words(wanted), _words(values)):
             raise ModelError(
                 f"{piece.tensor.name} reads back with other values from {copy.path}: "
@@ -96,6 +131,14 @@ def _certify_copy(source: Model, copy: Model, advance: Callable[[int], None]) ->
             )
 
     return certify(copy, advance=advance, check=check)
+
+
+def _of_loss(lost: Mapping[str, tuple[float, float]]) -> str:
+    """How far weights are from what they were, as parts of their root mean square."""
+    each = {name: math.sqrt(error / total) if total else 0.0 for name, (error, total) in lost.items()}
+    mean = math.sqrt(sum(error for error, _ in lost.values()) / max(sum(total for _, total in lost.values()), 1e-38))
+    worst = max(each, key=lambda name: each[name])
+    return f"{len(lost)} of them are quantised: {mean:.2%} off (root mean square), {worst} most, with {each[worst]:.2%}"
 
 
 def _words(values: np.ndarray) -> np.ndarray:
@@ -106,6 +149,8 @@ def _words(values: np.ndarray) -> np.ndarray:
 def _dtypes(source: Model, to: str, dtype: str | None) -> dict[str, np.dtype]:
     """The type of each tensor that is written."""
     stored = {tensor.name: source.dtype(tensor) for tensor in source.table}
+    if not dtype and isinstance(source, PublishedFolder) and source.quantized.names:
+        raise ModelError(f"{source.path} is quantised; choose with --dtype in what its weights are to be written")
     if dtype:
         return dict.fromkeys(stored, np.dtype(dtype))
     kinds = sorted({str(kind) for kind in stored.values()})
@@ -170,7 +215,14 @@ def _check_room(target: Path, size: int) -> None:
         raise FileError(f"{target} needs {size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left; make room")
 
 
-def _published(source: Model, folder: Path, dtypes: Mapping[str, np.dtype]) -> Sink:
+def _published(
+    source: Model, folder: Path, dtypes: Mapping[str, np.dtype], *, rounding: Rounding | None = None
+) -> Sink:
+    if rounding:
+        table, kinds = rounding.tensors(source.table, dtypes)
+        kept = {name: dtype for name, dtype in dtypes.items() if name not in rounding.names}
+        side_files = publish.side_files(source, kept, rounding.to_hf())
+        return QuantizedSink(PublishedSink(folder, table, kinds, layout=None, side_files=side_files), rounding)
     unchanged = all(dtypes[tensor.name] == source.dtype(tensor) for tensor in source.table)
     layout = source.layout if unchanged else None
     return PublishedSink(folder, source.table, dtypes, layout=layout, side_files=publish.side_files(source, dtypes))
@@ -197,8 +249,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the TPU to whom it belongs
     with open_model(options.src, allow_pickle_format=options.allow_pickle_format, warn=_say) as source:
-        to = options.to or ("native" if isinstance(source, PublishedFolder) else "hf")
-        convert(source, Path(os.path.expanduser(options.dst)), to=to, dtype=options.dtype, say=_say)
+        rounding = None
+        if options.quantize:
+            if isinstance(source, PublishedFolder) and source.quantized.names:
+                raise ModelError(f"{source.path} is quantised already; take the model that it was made of")
+            rounding = Rounding(source.table, parse_quantization(options.quantize), head=options.quantize_head)
+        to = options.to or ("native" if isinstance(source, PublishedFolder) and not rounding else "hf")
+        target = Path(os.path.expanduser(options.dst))
+        convert(source, target, to=to, dtype=options.dtype, say=_say, rounding=rounding)
     return 0
 
 
@@ -216,7 +274,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--to", choices=["hf", "native"], help="form to write (default: hf from a checkpoint, else native)"
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type to cast the weights to (default: none)")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--quantize",
+        metavar="HOW",
+        help="int4-g128: the layers' matrices in 4 bits, 128 inputs to a scale; int8: in 8, with a scale per output",
+    )
+    parser.add_argument("--quantize-head", action="store_true", help="with --quantize, also the output head, in 8 bits")
+    options = parser.parse_args(arguments)
+    if options.quantize_head and not options.quantize:
+        raise ConfigError("--quantize-head goes with --quantize")
+    if options.quantize and options.to == "native":
+        raise ConfigError("--quantize writes published folders, and --to native asks for a checkpoint; leave one out")
+    return options
 
 
 def _say(line: str) -> None:

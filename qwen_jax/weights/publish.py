@@ -12,12 +12,15 @@ import numpy as np
 from qwen_jax.config import DType
 from qwen_jax.text.tokenizer import END_OF_TEXT
 from qwen_jax.weights import hf_config
+from qwen_jax.weights.hf_quantization import KEY
 from qwen_jax.weights.source import Model, parse_json
 
 END_OF_TURN = "<|im_end|>"
 
 
-def side_files(model: Model, dtypes: Mapping[str, np.dtype]) -> dict[str, bytes]:
+def side_files(
+    model: Model, dtypes: Mapping[str, np.dtype], quantization: Mapping[str, Any] | None = None
+) -> dict[str, bytes]:
     """Every file but the weights and their index. What the model came with stays as it is where it is still true.
 
     A model that was tuned to chat ends its turns with <|im_end|>, whatever the model it began as did: other programs
@@ -25,7 +28,8 @@ def side_files(model: Model, dtypes: Mapping[str, np.dtype]) -> dict[str, bytes]
 
     Args:
       model: its own side files are the start.
-      dtypes: of the weights that are written.
+      dtypes: of the weights that are written as they are.
+      quantization: what config.json says of the others.
 
     Raises ModelError for one that is not JSON.
     """
@@ -33,9 +37,13 @@ def side_files(model: Model, dtypes: Mapping[str, np.dtype]) -> dict[str, bytes]
     old = {name: parse_json(files[name], model.path / name) for name in files if name.endswith("config.json")}
     stored = old.pop("config.json", None)
     config = model.config
-    if any(dtypes[tensor.name] != model.dtype(tensor) for tensor in model.table):
+    if any(dtypes.get(tensor.name, kind) != kind for tensor in model.table for kind in [model.dtype(tensor)]):
         config = dataclasses.replace(config, param_dtype=_param_dtype(dtypes))
-    new = old | {"config.json": hf_config.to_hf(config, model.model_type, keep=stored)}
+    about = hf_config.to_hf(config, model.model_type, keep=stored)
+    about = {name: value for name, value in about.items() if name != KEY} | (
+        {KEY: quantization} if quantization else {}
+    )
+    new = old | {"config.json": about}
     if stored is None or model.chat:
         new |= _endings(model, new)
     if stored is not None:

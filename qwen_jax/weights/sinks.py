@@ -85,7 +85,11 @@ class PublishedSink:
     def write(self, piece: Piece, values: np.ndarray) -> None:
         rows = values.reshape(-1, *piece.tensor.shape[1:])
         for name in (piece.tensor.name, *(name for name, first in self._second.items() if first is piece.tensor)):
-            self._writers[name].write(name, rows, start=piece.rows.start)
+            self.put(name, rows, start=piece.rows.start)
+
+    def put(self, name: str, rows: np.ndarray, *, start: int = 0) -> None:
+        """Writes rows of a tensor, from `start` on."""
+        self._writers[name].write(name, rows, start=start)
 
 
 class NativeSink:

@@ -8,7 +8,7 @@ the ways to break a file are tried where it is read; these are the places, and w
   PyTorch's .bin         weights/test_torch_bin.py; memory, a folder with both
   config.json            weights/test_hf_config.py; memory
   weights that are not those of the config        weights/test_hf.py, weights/test_convert.py
-  quantised weights      weights/test_hf_config.py, weights/test_hf.py; types of arrays
+  quantised weights      weights/test_quantized.py, weights/test_hf_config.py; types of arrays
   tokenizers             text/test_tokenizer.py; against the rows of the embedding
   conversions that are killed, targets, memory    test_conversion.py, weights/test_convert.py
   the hub, its names     weights/test_hub.py; names in folders
@@ -36,6 +36,7 @@ from qwen_jax.weights.manifest import FILE_NAME, Manifest
 from qwen_jax.weights.source import open_model
 from tests.faults.conftest import CONFIG
 from tests.published import publish, save_safetensors, tiny_tokenizer
+from tests.weights.quantized import AWQ
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -300,9 +301,9 @@ def quantised(tensors: dict[str, np.ndarray]) -> None:
     another_width=(weights(lambda t: None, intermediate_size=48), "wrong shape: "),
     more_layers=(weights(lambda t: None, num_hidden_layers=4), "missing: model.layers.3."),
     names_with_escapes=(weights(lambda t: t.update({"a\x1b[2J\nb": np.zeros(2, np.float32)})), r"known: a\x1b[2J\nb"),
-    gptq=(weights(quantised, quantization_config={"quant_method": "gptq", "bits": 4}), "quantised weights are not"),
-    awq=(weights(quantised, quantization_config={"quant_method": "awq"}), "take the unquantised model"),
-    quantised_unsaid=(weights(quantised), "these weights are quantised, which is not read"),
+    gptq=(weights(quantised, quantization_config={"quant_method": "gptq", "bits": 4}), "group_size is missing"),
+    awq=(weights(quantised, quantization_config=AWQ), "up_proj.qzeros is missing"),
+    quantised_unsaid=(weights(quantised), "quantised, and config.json has no quantization_config"),
 )  # fmt: skip
 def test_weights_that_are_not_those_of_the_config(folder, refuse, spoil, words):
     spoil(folder)

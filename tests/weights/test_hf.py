@@ -196,8 +196,7 @@ def test_weights_of_another_model_come_with_a_hint(given, wanted, hint):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("model.layers.0.mlp.up_proj.qweight", "quantised"),
-        ("model.layers.0.mlp.up_proj.qzeros", "quantised"),
+        ("model.layers.0.mlp.up_proj.qweight", "quantised, and config.json has no quantization_config"),
         ("model.layers.0.mlp.experts.3.up_proj.weight", "mixture of experts"),
         ("model.layers.0.mlp.experts.gate_up_proj", "experts are read one by one"),
         ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "adapter"),

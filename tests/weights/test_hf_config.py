@@ -15,8 +15,10 @@ from qwen_jax import zoo
 from qwen_jax.config import DualChunk, DynamicNTK, Linear, ModelConfig, Moe, QwenNTK, Rope, Score, Yarn
 from qwen_jax.errors import ModelError
 from qwen_jax.weights import hf, hf_config
+from qwen_jax.weights.hf_quantization import Quantization, read_quantization
 from tests.conftest import tiny_config
 from tests.published import QWEN1_OLD_NAMES
+from tests.weights.quantized import AWQ, GPTQ
 
 CONFIGS = Path(__file__).parents[3] / "shared" / "data" / "hf-configs"
 needs_published = pytest.mark.skipif(not CONFIGS.is_dir(), reason="needs ../shared/data with published configs")
@@ -203,9 +205,12 @@ def test_published_files_are_read_and_given_back_unchanged(folder, name, changes
 
 
 @needs_published
-def test_a_published_quantised_model_of_images_is_refused():
-    with pytest.raises(ModelError, match="quantization_config"):
-        read(json.loads((CONFIGS / "Qwen-VL-Chat-Int4" / "config.json").read_text()))
+def test_a_published_quantised_model_of_images_is_refused_for_its_images():
+    values = json.loads((CONFIGS / "Qwen-VL-Chat-Int4" / "config.json").read_text())
+    with pytest.raises(ModelError, match="only models of text"):
+        read(values)
+    found = read_quantization(values, where="config.json")
+    assert found == Quantization(method="gptq", bits=4, group=128, symmetric=True, offset=1, head_bits=4)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
@@ -383,7 +388,23 @@ BAD = [
     ("qwen2_moe", {"qkv_bias": False}, "qkv_bias is False; only True is read"),
     ("qwen2_moe", {"architectures": ["Qwen2ForCausalLM"]}, "one name is wanted: Qwen2MoeForCausalLM"),
     ("qwen", {"visual": {"width": 1}}, "only models of text are read"),
-    ("qwen2", {"quantization_config": {"bits": 4}}, "it has a quantization_config, and quantised weights"),
+    *(
+        ("qwen2", {"quantization_config": changes}, f"quantization_config: {message}")
+        for changes, message in (
+            ({"bits": 4}, "quant_method is missing"),
+            ({"quant_method": "fp8"}, "quant_method is 'fp8'; 'gptq' and 'awq' are read"),
+            (GPTQ | {"bits": 3}, "bits is 3; 4 and 8 are read"),
+            (GPTQ | {"group_size": 100}, "group_size is 100; a multiple of 8 is wanted"),
+            (GPTQ | {"group_size": 0}, "group_size is 0; a whole number from 1"),
+            (GPTQ | {"sym": None}, "sym is missing"),
+            (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; gptq and gptq_v2 are read"),
+            (GPTQ | {"is_marlin_format": True}, "is_marlin_format is True; false is read"),
+            (GPTQ | {"dynamic": {"-:.*down.*": {}}}, "dynamic is .*; only bits of lm_head are read"),
+            (AWQ | {"version": "gemv"}, "version is 'gemv'; 'gemm' is read"),
+            (AWQ | {"zero_point": False}, "zero_point is False; true is read"),
+            (AWQ | {"bits": 8}, "bits is 8; 4 is read"),
+        )
+    ),
     ("qwen2", {"architectures": ["Qwen2ForTokenClassification"]}, "architectures is .*Qwen2ForCausalLM, Qwen2ForSeq"),
     ("qwen2", {"architectures": "Qwen2ForCausalLM"}, "architectures is 'Qwen2ForCausalLM'; a list of one name"),
     ("qwen2", {"architectures": ["Qwen3ForCausalLM"]}, "architectures is "),

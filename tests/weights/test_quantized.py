@@ -11,6 +11,7 @@ import pytest
 
 from qwen_jax import model, sharding
 from qwen_jax.config import Moe
+from qwen_jax.errors import ModelError
 from qwen_jax.ops.quantized import Quantized
 from qwen_jax.weights import load_quantized
 from qwen_jax.weights.load import load_params
@@ -18,8 +19,8 @@ from qwen_jax.weights.quantized import pack, unpack
 from qwen_jax.weights.source import Piece, open_model
 from tests.conftest import tiny_config
 from tests.ops.quantized import wide
-from tests.published import logits, tree_of
-from tests.weights.quantized import AWQ, AWQ_ORDER, GPTQ, columns_packed, publish_quantised
+from tests.published import logits, save_safetensors, tree_of
+from tests.weights.quantized import AWQ, AWQ_ORDER, GPTQ, change_config, columns_packed, publish_quantised
 
 DENSE = tiny_config(vocab_size=260, num_layers=2, head_dim=8, mlp_width=64, tie_embeddings=False)
 EXPERTS = dataclasses.replace(
@@ -117,3 +118,59 @@ def test_split_over_a_mesh_the_model_computes_the_same(tmp_path):
             _, params, _ = load(tmp_path / "model")
             found.append(np.asarray(logits(config, params, ids, positions)[0]))
     np.testing.assert_allclose(*found, atol=RELATIVE * np.abs(found[0]).max())
+
+
+def spoil(folder, name, change):
+    """Changes one tensor of a folder; None takes it away."""
+    with open_model(folder) as source:
+        tensors = {name: source.files.read(name) for name in source.files.tensors}
+    tensors[name] = change(tensors[name])
+    save_safetensors(folder / "model.safetensors", {name: x for name, x in tensors.items() if x is not None})
+
+
+UP = "model.layers.0.mlp.up_proj"
+ONES = 0x11111111  # one in each number of a word
+
+
+@pytest.mark.parametrize(
+    ("how", "spoiled", "words"),
+    [
+        (GPTQ, lambda f: change_config(f, quantization_config=GPTQ | {"group_size": 32}), r"for int32\[2, 4\]"),
+        (
+            GPTQ,
+            lambda f: change_config(f, quantization_config=GPTQ | {"group_size": 24}),
+            "64 inputs, which is no",
+        ),
+        (GPTQ, lambda f: change_config(f, quantization_config=GPTQ | {"bits": 8}), "are bits and group_size of"),
+        (AWQ, lambda f: change_config(f, quantization_config=GPTQ), "are bits and group_size of"),
+        (GPTQ, lambda f: change_config(f, quantization_config=GPTQ | {"checkpoint_format": "gptq_v2"}), "not 8"),
+        (GPTQ, lambda f: spoil(f, f"{UP}.qzeros", lambda x: x + ONES), "zeros that are not 8"),
+        (GPTQ | {"sym": False}, lambda f: change_config(f, quantization_config=GPTQ), "zeros that are not 8"),
+        (
+            GPTQ | {"sym": False},
+            lambda f: change_config(f, quantization_config=GPTQ | {"sym": False, "checkpoint_format": "gptq_v2"}),
+            "1.. steps off zero .* checkpoint_format",
+        ),
+        (GPTQ, lambda f: spoil(f, f"{UP}.g_idx", lambda x: x[::-1].copy()), "desc_act"),
+        (GPTQ, lambda f: spoil(f, f"{UP}.scales", lambda x: None), f"{UP}.scales is missing"),
+        (GPTQ, lambda f: spoil(f, f"{UP}.qweight", lambda x: x.astype(np.float32)), "is float32.* for int32"),
+        (GPTQ, lambda f: spoil(f, "model.layers.0.mlp.down_proj.bias", lambda x: x + 1), "is not zero"),
+    ],
+)
+def test_what_the_tensors_do_not_bear_out_is_refused(tmp_path, mesh, how, spoiled, words):
+    publish_quantised(tmp_path / "model", dataclasses.replace(DENSE, num_layers=1), "qwen2", how)
+    spoiled(tmp_path / "model")
+    with pytest.raises(ModelError, match=words):
+        load_params(open_model(tmp_path / "model"), dtype="float32", stacked=False)
+
+
+def test_groups_that_are_those_of_neighbours_may_be_called_otherwise(tmp_path, mesh):
+    publish_quantised(tmp_path / "model", DENSE, "qwen2", GPTQ | {"desc_act": True, "static_groups": True})
+    spoil(tmp_path / "model", f"{UP}.g_idx", lambda x: None)
+    load_params(open_model(tmp_path / "model"), dtype="float32", stacked=False)
+
+
+def test_for_training_they_are_refused(tmp_path, mesh):
+    publish_quantised(tmp_path / "model", DENSE, "qwen2", GPTQ)
+    with pytest.raises(ModelError, match="--dtype bfloat16"):
+        load_params(open_model(tmp_path / "model"), dtype="float32", stacked=True)

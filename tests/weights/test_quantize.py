@@ -1,0 +1,98 @@
+"""Models that are quantised here: what of them is, how far it is off, and that others read the same."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from qwen_jax.command import run_command
+from qwen_jax.weights import convert, verify
+from qwen_jax.weights.source import open_model
+from tests.published import publish
+from tests.weights.test_quantized import DENSE, EXPERTS, QWEN1
+
+MODELS = {"dense": ("qwen2", DENSE), "experts": ("qwen2_moe", EXPERTS), "Qwen1": ("qwen", QWEN1)}
+KEPT = ("embed", "wte", "norm", "ln_", "bias", "mlp.gate.weight", "shared_expert_gate")
+
+
+def run(*arguments) -> int:
+    return run_command("convert", lambda: convert.main(list(map(str, arguments))))
+
+
+def numbers(tensors: dict[str, np.ndarray], stem: str, bits: int) -> np.ndarray:
+    """What GPTQ's tensors stand for [outputs, inputs], word by word, as AutoGPTQ has it."""
+    n, mask = 32 // bits, 2**bits - 1
+    qweight, qzeros, scales, g_idx = (tensors[f"{stem}.{end}"] for end in ("qweight", "qzeros", "scales", "g_idx"))
+    found = np.zeros((len(g_idx), qweight.shape[1]), np.float32)
+    for i, group in enumerate(g_idx):
+        for o in range(found.shape[1]):
+            q = int(qweight[i // n, o]) >> bits * (i % n) & mask
+            zero = (int(qzeros[group, o // n]) >> bits * (o % n) & mask) + 1
+            found[i, o] = (q - zero) * np.float32(scales[group, o])
+    return found.T
+
+
+@pytest.mark.parametrize(
+    "model, how, head", [("dense", "int4-g16", True), ("experts", "int8", False), ("Qwen1", "int4-g8", False)]
+)
+def test_matrices_are_rounded_and_all_else_is_kept(tmp_path, capfd, model, how, head):
+    model_type, config = MODELS[model]
+    named = publish(tmp_path / "model", config, model_type)
+    assert run(tmp_path / "model", tmp_path / "out", "--quantize", how, *["--quantize-head"] * head) == 0
+    assert "are quantised: " in capfd.readouterr().err
+    source = open_model(tmp_path / "out")
+    assert source.config == config
+    tensors = {name: source.files.read(name) for name in source.files.tensors}
+    bits, group = int(how[3]), int(how.partition("-g")[2] or 0)
+    for name, array in named.items():
+        if any(kept in name for kept in KEPT) or name == "lm_head.weight" and not head:
+            np.testing.assert_array_equal(tensors[name], array, err_msg=name)
+            continue
+        stem, own = name.removesuffix(".weight"), 8 if name == "lm_head.weight" else bits
+        found = numbers(tensors, stem, own)
+        largest = np.abs(array.reshape(len(array), -1, group or array.shape[1])).max(-1)
+        # As others round: the largest of a group is half a step out of range. Ours loses no more than that.
+        step = np.repeat(largest / (2 ** (own - 1) - 0.5), group or array.shape[1], axis=1)
+        plain = np.clip(np.round(array / step), -(2 ** (own - 1)), 2 ** (own - 1) - 1) * step
+        assert np.square(found - array).sum() <= 1.001 * np.square(plain - array).sum(), name
+    said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert (said["bits"], said["group_size"], said["lm_head"]) == (bits, group or -1, head)
+
+
+def test_there_and_back_is_what_it_stands_for(tmp_path):
+    publish(tmp_path / "model", DENSE, "qwen2")
+    assert run(tmp_path / "model", tmp_path / "small", "--quantize", "int4-g16") == 0
+    assert run(tmp_path / "small", tmp_path / "wide", "--to", "hf", "--dtype", "float32") == 0
+    assert "quantization_config" not in json.loads((tmp_path / "wide/config.json").read_text())
+    assert verify.main([str(tmp_path / "small"), str(tmp_path / "wide")]) == 0
+    # Numbers that are on the grid stay where they are.
+    assert run(tmp_path / "wide", tmp_path / "again", "--quantize", "int4-g16") == 0
+    assert verify.main([str(tmp_path / "small"), str(tmp_path / "again")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--quantize", "int3"], 2, "'int3' is none of int4, int8"),
+        (["--quantize", "int4-g12"], 2, "'int4-g12' is none of"),
+        (["--quantize", "int4-g24"], 3, "must be multiples of 24 and 8"),
+        (["--quantize", "int8", "--to", "native"], 2, "leave one out"),
+        (["--quantize-head"], 2, "goes with --quantize"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, capfd, arguments, code, words):
+    publish(tmp_path / "model", DENSE, "qwen2")
+    assert run(tmp_path / "model", tmp_path / "out", *arguments) == code
+    assert words in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantised_model_is_converted_to_a_type_that_is_chosen(tmp_path, capfd):
+    publish(tmp_path / "model", DENSE, "qwen2")
+    assert run(tmp_path / "model", tmp_path / "small", "--quantize", "int8") == 0
+    assert run(tmp_path / "small", tmp_path / "out") == 3
+    assert "choose with --dtype" in capfd.readouterr().err
+    assert run(tmp_path / "small", tmp_path / "out", "--quantize", "int8") == 3
+    assert "quantised already" in capfd.readouterr().err
