@@ -134,6 +134,9 @@ def paged_attention(
     rows = jnp.pad(rows, ((0, 0), (0, queries), (0, 0), (0, width - dim)))
     plan = _plan(count, queries, lengths, page_table, query_starts, num_rows, window)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    if not interpret:
+        # Else XLA copies a pool that fits into VMEM there, whole, and back.
+        pages, scales = jax.tree.map(lambda x: pltpu.with_memory_space_constraint(x, pltpu.HBM), (pages, scales))
     out = pl.pallas_call(
         functools.partial(_kernel, scale=scale, dtype=q.dtype),
         out_shape=jax.ShapeDtypeStruct(rows.shape, rows.dtype),
