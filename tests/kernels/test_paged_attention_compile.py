@@ -8,11 +8,12 @@ import pytest
 PROGRAM = """
 import functools
 from qwen_jax.kernels.paged_attention import paged_attention
-from qwen_jax.ops.paged_attention import write_pages
+from qwen_jax.ops.pages import Rows, write
+from qwen_jax.sharding import make_mesh
 
 generation, shape = arguments
 attend = jax.jit(functools.partial(paged_attention, scale=0.1, generation=generation))
-write = jax.jit(write_pages, donate_argnums=0, donate_argnames="scales")
+write = jax.jit(write, donate_argnames=("pages", "scales"))
 ints = functools.partial(array, jnp.int32)
 batch = ints(64), ints(64, 64), ints(65), ints(1)
 heads, kv_heads, dim, *bits = map(int, shape.split())
@@ -22,7 +23,11 @@ if bits:
     pages, scales = ints(4096, kv_heads, 32, 2 * dim), array(jnp.float32, 4096, kv_heads, 2, 128)
 program = attend.lower(q, pages, *batch, scales=scales, window=ints()).compile()
 assert "tpu_custom_call" in program.as_text()
-memory = write.lower(pages, kv, kv, *batch, scales=scales).compile().memory_analysis()
+with jax.set_mesh(make_mesh(devices=devices[:1])):
+    here = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+    put = lambda x: x if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+    rows = Rows(lengths=put(ints(64)), table=put(ints(64, 64)), count=put(ints()), width=2)
+    memory = write.lower(put(pages), put(kv), put(kv), rows, put(scales)).compile().memory_analysis()
 assert memory.temp_size_in_bytes < memory.alias_size_in_bytes / 50, memory
 """
 

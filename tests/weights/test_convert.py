@@ -127,9 +127,10 @@ def test_a_slice_is_read_and_no_more(tmp_path, mesh, monkeypatch):
     model, counted = open_model(tmp_path / "published"), []
     read = model.files.read
     monkeypatch.setattr(model.files, "read", lambda name, index: counted.append(out := read(name, index)) or out)
-    from qwen_jax.weights.load import _reader
+    from qwen_jax.weights.load import _parts, _reader
 
-    got = _reader(model)("layers/mlp/gate/w", (3, 40, 32), (slice(1, 3), slice(10, 20), slice(16, 32)))
+    read = _reader(model, _parts(model.table))
+    got = read("layers/mlp/gate/w", (3, 40, 32), (slice(1, 3), slice(10, 20), slice(16, 32)))
     assert got.shape == (2, 10, 16)
     assert sum(out.nbytes for out in counted) == got.nbytes
 
