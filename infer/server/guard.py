@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import hmac
@@ -18,6 +19,7 @@ from infer.server.metrics import Metrics
 
 # Readable without a key: whether the server is well, and the page that asks for the key.
 _OPEN = {"/health", *page.FILES}
+_DISCARD_SECONDS = 3.0
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 
 
@@ -65,6 +67,7 @@ class Guard:
             self._check_key(scope["path"], headers)
             self._check_lengths(scope, headers)
         except ApiError as error:
+            await self._discard(receive)
             return await errors.response(error)(scope, receive, send)
         await self._app(scope, self._limited(receive), send)
 
@@ -120,10 +123,18 @@ class Guard:
             size += len(message.get("body", b""))
             ended = not message.get("more_body", False)
             if size > self._settings.max_body:
+                await self._discard(receive)
                 raise self._too_large()
             return message
 
         return limited
+
+    async def _discard(self, receive: Receive) -> None:
+        """Takes what a client is sending, for a while: who is cut off while sending does not get to read why."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(_DISCARD_SECONDS, self._settings.body_seconds)):
+                while (await receive()).get("more_body"):
+                    pass
 
     def _counted(self, scope: Scope, send: Send) -> Send:
         """`send`, which counts responses and adds the headers that all of them have."""

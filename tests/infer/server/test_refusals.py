@@ -209,6 +209,10 @@ def test_requests_have_an_end_in_size_and_in_time(guarded):
     endless = raw("POST", TEXT, *begin, "Transfer-Encoding: chunked", body=b"400\r\n" + b"x" * 0x400 + b"\r\n")
     assert parsed(guarded.send(endless + b"800\r\n" + b"x" * 0x800 + b"\r\n"))[0] == 413
     assert parsed(guarded.send(endless))[0] == 408
+    long = raw("POST", TEXT, *begin, "Content-Length: 1000000", body=b"x" * 1_000_000)
+    chunk = b"f4240\r\n" + b"x" * 1_000_000 + b"\r\n0\r\n\r\n"
+    for all_at_once in (long, raw("POST", TEXT, *begin, "Transfer-Encoding: chunked", body=chunk)):
+        assert parsed(guarded.send(all_at_once))[0] == 413  # which is read, though all of it is sent first
     assert parsed(guarded.send(raw("GET", "/health", HOST, "X: " + "x" * 20_000)))[0] == 431
     with guarded.http as http:  # and the others are well
         assert http.get("/health").status_code == 200
