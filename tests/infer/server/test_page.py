@@ -646,3 +646,19 @@ def test_everything_has_a_name_and_can_be_read(page, scheme):
         }).map((one) => one.outerHTML);
     })()""")
     assert poor == []
+
+
+def test_the_page_and_the_server_understand_each_other(the_page, scripted):
+    scripted.engine.says = lambda request: "<think>\nlow\n</think>\n\n**newest**"
+    page = Page(the_page.browser, None, f"{scripted.url}/")
+    page.open()
+    page.wait("document.title === 'tiny'")
+    page.fill("temperature", "0.25")
+    page.run("document.querySelector('#draft').focus()")
+    page.type("wider")
+    page.key("Enter")
+    page.wait("document.querySelector('.note')?.innerText.includes('tokens/s')")
+    assert page.texts(".assistant .text") == ["newest"] and page.texts(".thought summary") != []
+    [request] = scripted.engine.asked
+    assert request.sampling.temperature == 0.25 and "wider" in scripted.engine.tokenizer.decode(request.prompt)
+    assert page.faults() == []
