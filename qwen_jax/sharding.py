@@ -30,6 +30,9 @@ AXES = ("data", "fsdp", "context", "expert", "tensor")
 # Every axis that splits neither the sequence nor a head splits the batch, so no device repeats another's rows.
 BATCH = ("data", "fsdp", "expert")
 
+# Rows that any device may take: as many ways as there are devices, but for those along the sequence.
+ROWS = (*BATCH, "tensor")
+
 # Whatever splits tokens: a gradient of a parameter is summed over these.
 TOKENS = (*BATCH, "context")
 

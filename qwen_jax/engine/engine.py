@@ -112,7 +112,7 @@ class Engine:
         self._scheduler = Scheduler(Pages(num_pages, size), max_rows=capacity.max_rows, chunk=capacity.chunk)
         with jax.set_mesh(mesh):
             # XLA on CPU multiplies one row of bfloat16 some ten times slower than two.
-            least = math.lcm(sharding.axis_size(sharding.BATCH), 2 if config.dtype == "bfloat16" else 1)
+            least = math.lcm(sharding.axis_size(sharding.ROWS), 2 if config.dtype == "bfloat16" else 1)
             self._cache = make_cache(config, num_pages, size, int8=capacity.int8)
             # One more than there are rows: the place of whatever nobody asked for.
             self._last = jnp.zeros(capacity.max_rows + 1, jnp.int32)

@@ -125,7 +125,10 @@ def compute(
     ends: int,
     sparse: VerticalSlash | None = None,
 ) -> tuple[Float[Array, "S V"], Cache]:
-    """The logits after every token of the rows, then `ends` times those after the piece; and the cache with it all."""
+    """The logits after every token of the rows, then `ends` times those after the piece; and the cache with it all.
+
+    Each device gets the logits of some rows, S being a multiple of `sharding.ROWS`, to choose from.
+    """
     tokens, groups = inputs.whole(last)
     batch = Batch(rows=groups, prompts=inputs.prompts)
     hidden, cache = forward_cached(config, params, tokens, batch, cache, sparse=sparse)
@@ -135,8 +138,7 @@ def compute(
         end = jax.lax.dynamic_slice_in_dim(hidden, decoded + inputs.piece.count - 1, 1)
         hidden = jnp.concatenate([hidden[:decoded], jnp.broadcast_to(end, (ends, end.shape[1]))])
     rows = jax.sharding.reshard(hidden, sharding.activation("b_", hidden.shape))
-    # Few enough to be whole everywhere: what is chosen from them every device knows.
-    return jax.sharding.reshard(logits(params, rows[:, None])[:, 0], P(None, None)), cache
+    return jax.sharding.reshard(logits(params, rows[:, None])[:, 0], P(sharding.ROWS)), cache
 
 
 @functools.partial(jax.jit, static_argnames=("num_tokens", "top"), donate_argnames=("last", "seen"))
@@ -159,13 +161,21 @@ def choose(
       num_tokens: tokens the tokenizer has.
       top: how many of the likeliest tokens are told; None for no probabilities at all.
     """
-    keys = jax.vmap(_key)(choice.seeds, choice.rows, choice.positions)
-    own = None if seen is None else jax.tree.map(lambda x: x[choice.places], seen)
-    tokens = sample(logits, keys, choice.stages, num_tokens=num_tokens, seen=own, allowed=choice.allowed)
-    chosen = Chosen(tokens)
-    if top is not None:
-        chosen = Chosen(tokens, logprobs(logits, tokens, num_tokens=num_tokens, top=top))
-    last = last.at[choice.places].set(jnp.maximum(tokens, 0))
+
+    def local(logits, seen, choice):
+        keys = jax.vmap(_key)(choice.seeds, choice.rows, choice.positions)
+        own = None if seen is None else jax.tree.map(lambda x: x[choice.places], seen)
+        tokens = sample(logits, keys, choice.stages, num_tokens=num_tokens, seen=own, allowed=choice.allowed)
+        return Chosen(tokens, None if top is None else logprobs(logits, tokens, num_tokens=num_tokens, top=top))
+
+    # Each device for its own rows: a threshold takes tens of passes over the logits.
+    split = P(sharding.ROWS)
+    arguments, specs = (logits, seen, choice), (split, P(), split)
+    chosen = jax.shard_map(local, in_specs=specs, out_specs=split, check_vma=False)(
+        *jax.sharding.reshard(arguments, specs)
+    )
+    chosen = jax.sharding.reshard(chosen, P())
+    last = last.at[choice.places].set(jnp.maximum(chosen.tokens, 0))
     if seen is not None:
         seen = dataclasses.replace(seen, generated=seen.generated.at[choice.places, last[choice.places]].add(1))
     return chosen, last, seen
