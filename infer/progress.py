@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from qwen_jax.engine import Completion, Engine
 
-_LIVE_SECONDS = 0.1  # between changes of the bar
-SECONDS_BETWEEN_LINES = 60.0
+_SECONDS_BETWEEN_LINES = 60.0
+_SECONDS_BETWEEN_FRAMES = 0.1
 
 
 class Report:
@@ -37,12 +37,12 @@ class Report:
 
     def __enter__(self) -> Self:
         self._start = time.perf_counter()
-        self._next = self._start + SECONDS_BETWEEN_LINES
+        self._seconds = _SECONDS_BETWEEN_LINES
         if self._console.is_terminal and not self._quiet:
             columns = TextColumn("{task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}")
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task("compiling", total=self._total, completed=self._done)
-            self._next = self._start
+            self._seconds = _SECONDS_BETWEEN_FRAMES
             self._bar.start()
             # A second Ctrl-C ends the process without any clean-up; the cursor must not stay hidden then.
             self._console.show_cursor(True)
@@ -55,14 +55,15 @@ class Report:
     def step(self) -> None:
         """Shows where the work is, when it is time; called for each token."""
         now = time.perf_counter()
-        self._first = self._first or now  # speed is counted from here: before it, programs are compiled
+        if self._first is None:
+            # Speed is counted from here: before it, programs are compiled.
+            self._first, self._next = now, now + self._seconds
         if now < self._next or self._quiet:
             return
+        self._next = now + self._seconds
         if self._bar:
-            self._next = now + _LIVE_SECONDS
             self._bar.update(self._task, completed=self._done, description=self._text(now))
         else:
-            self._next = now + SECONDS_BETWEEN_LINES
             self._console.print(f"{self._done}/{self._total} completions, {self._text(now)}")
 
     def done(self, completion: Completion) -> None:
@@ -80,7 +81,7 @@ class Report:
 
     def _rate(self, now: float) -> float:
         assert self._first is not None
-        return (self._engine.stats.generated_tokens - 1) / max(now - self._first, 1e-9)
+        return (self._engine.stats.generated_tokens - 1) / (now - self._first)
 
     def _text(self, now: float) -> str:
         running = self._engine.stats.num_running
