@@ -43,8 +43,15 @@ def load(
     Raises FileError or ModelError.
     """
     config, params = _load(model, tokenizer, mesh, dtype)
-    how = dict(mesh=mesh, capacity=capacity, sparse=sparse, speculate=speculate)
-    return Engine(config, params, num_tokens=tokenizer.num_tokens, **how)
+    return Engine(
+        config,
+        params,
+        num_tokens=tokenizer.num_tokens,
+        mesh=mesh,
+        capacity=capacity,
+        sparse=sparse,
+        speculate=speculate,
+    )
 
 
 def load_draft(

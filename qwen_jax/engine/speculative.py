@@ -100,9 +100,9 @@ class Drafter:
           inputs: the rows with their last tokens, `known` [R, 1]; a piece waits until `follow`.
           choice: how the tokens after these are chosen, with no penalties.
         """
-        assert inputs.rows is not None
         inputs = inputs.without_piece()
         guesses, nobody, first = [], jnp.zeros(1, jnp.int32), inputs.rows
+        assert first is not None
         # Once more than there are guesses: if all are right, the keys of the last are wanted too.
         for ahead in range(self._draft.num_guesses + 1):
             inputs = dataclasses.replace(

@@ -73,7 +73,7 @@ class Inputs:
 
     def without_piece(self) -> Inputs:
         """The rows alone."""
-        prompts = None if self.prompts is None else self.prompts[: len(self.rows.lengths)]
+        prompts = None if self.prompts is None or self.rows is None else self.prompts[: len(self.rows.lengths)]
         return dataclasses.replace(self, piece=None, tokens=None, prompts=prompts)
 
     def without_rows(self) -> Inputs:
