@@ -129,8 +129,8 @@ def test_a_slice_is_read_and_no_more(tmp_path, mesh, monkeypatch):
     monkeypatch.setattr(model.files, "read", lambda name, index: counted.append(out := read(name, index)) or out)
     from qwen_jax.weights.load import _parts, _reader
 
-    read = _reader(model, _parts(model.table))
-    got = read("layers/mlp/gate/w", (3, 40, 32), (slice(1, 3), slice(10, 20), slice(16, 32)))
+    part = _reader(model, _parts(model.table))
+    got = part("layers/mlp/gate/w", (3, 40, 32), (slice(1, 3), slice(10, 20), slice(16, 32)))
     assert got.shape == (2, 10, 16)
     assert sum(out.nbytes for out in counted) == got.nbytes
 
