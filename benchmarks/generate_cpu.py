@@ -10,7 +10,17 @@ from __future__ import annotations
 import functools
 import time
 
-from side_by_side import SHAPE, Bar, compare, median_seconds, one_side, our_config, require, torch_model
+from side_by_side import (
+    SHAPE,
+    Bar,
+    compare,
+    median_seconds,
+    one_side,
+    our_config,
+    require,
+    seconds_per_step,
+    torch_model,
+)
 
 PREFILL, PROMPT, NEW = 512, 32, 96
 BATCHES = (1, 8)
@@ -22,34 +32,20 @@ def ours(dtype: str) -> dict[str, float]:
     import numpy as np
 
     from qwen_jax import model, sharding
-    from qwen_jax.engine import Engine
-    from qwen_jax.ops.sampling import Sampling
+    from qwen_jax.engine import Capacity, Engine
 
     config, mesh = our_config(param_dtype=dtype, dtype=dtype), sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         params = model.unstack_layers(jax.jit(model.init, static_argnums=0)(config, jax.random.key(0)))
-    engine = Engine(config, params, num_tokens=config.vocab_size, mesh=mesh)
+    capacity = Capacity(max_rows=max(BATCHES), max_length=PREFILL + NEW)
+    engine = Engine(config, params, num_tokens=config.vocab_size, mesh=mesh, capacity=capacity)
     draw = np.random.default_rng(0).integers
-
-    def start(rows: int, length: int, new: int):
-        """The tokens to come, the first of them made."""
-        prompts = draw(0, config.vocab_size, (rows, length)).tolist()
-        tokens = engine.decode(prompts, Sampling(temperature=0), seed=0, rows=range(rows), max_new_tokens=new)
-        next(tokens)
-        return tokens
-
-    def decode(rows: int) -> float:
-        """Seconds per step, from the first new token to the last."""
-        tokens = start(rows, PROMPT, NEW)
-        begin = time.perf_counter()
-        for _ in tokens:
-            pass
-        return (time.perf_counter() - begin) / (NEW - 1)
-
-    figures = {"prefill": median_seconds(lambda: start(1, PREFILL, 1), times=5, warm_up=2)}
+    # Every prompt is another: what is known of one before is not computed again.
+    prompts = lambda rows, length: draw(0, config.vocab_size, (rows, length)).tolist()
+    figures = {"prefill": median_seconds(lambda: seconds_per_step(engine, prompts(1, PREFILL), 1), times=5, warm_up=2)}
     for rows in BATCHES:
-        decode(rows)
-        figures[f"decode{rows}"] = min(decode(rows) for _ in range(2))
+        seconds_per_step(engine, prompts(rows, PROMPT), NEW)
+        figures[f"decode{rows}"] = min(seconds_per_step(engine, prompts(rows, PROMPT), NEW) for _ in range(2))
     return figures
 
 

@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 
-from side_by_side import Bar, judge, measure, median_seconds, one_side, our_step_seconds, require
+from side_by_side import Bar, judge, measure, median_seconds, one_side, our_step_seconds, require, seconds_per_step
 
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B")
 ROWS, LENGTH, STEPS = 4, 2048, 10
@@ -58,24 +58,18 @@ def ours_decode(name: str) -> dict[str, float]:
     import numpy as np
 
     from qwen_jax import model, sharding, zoo
-    from qwen_jax.engine import Engine
-    from qwen_jax.ops.sampling import Sampling
+    from qwen_jax.engine import Capacity, Engine
 
     config = dataclasses.replace(zoo.published(name), param_dtype="bfloat16", dtype="bfloat16")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         params = model.unstack_layers(jax.jit(model.init, static_argnums=0)(config, jax.random.key(0)))
-    engine = Engine(config, params, num_tokens=config.vocab_size, mesh=mesh)
+    capacity = Capacity(max_rows=max(BATCHES), max_length=PROMPT + NEW)
+    engine = Engine(config, params, num_tokens=config.vocab_size, mesh=mesh, capacity=capacity)
 
     def decode(rows: int) -> float:
-        """Seconds per step, from the first new token to the last."""
         prompts = np.random.default_rng(0).integers(0, config.vocab_size, (rows, PROMPT)).tolist()
-        tokens = engine.decode(prompts, Sampling(temperature=0), seed=0, rows=range(rows), max_new_tokens=NEW)
-        next(tokens)
-        start = time.perf_counter()
-        for _ in tokens:
-            pass
-        return (time.perf_counter() - start) / (NEW - 1)
+        return seconds_per_step(engine, prompts, NEW)
 
     # The first of each compiles.
     return {f"decode{rows}": min([decode(rows) for _ in range(3)][1:]) for rows in BATCHES}

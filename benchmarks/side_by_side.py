@@ -12,7 +12,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 # The model of the benchmarks: the width of Qwen2.5-0.5B, half its depth, 208 million parameters.
 SHAPE = dict(width=896, num_heads=14, num_kv_heads=2, mlp_width=4864, num_layers=12, vocab_size=32768)
@@ -93,10 +95,34 @@ def judge(best: Mapping[str, Mapping[str, float]], bars: Sequence[Bar]) -> int:
     return int(short)
 
 
+def seconds_per_step(engine: Any, prompts: Sequence[Sequence[int]], new: int) -> float:
+    """Seconds of a step in which all prompts make a token, until the first of them has `new`; of one token, its own."""
+    from qwen_jax.engine import Request, Sampling
+
+    begin = time.perf_counter()
+    numbers = {
+        engine.add(Request(prompt=prompt, max_new_tokens=new, sampling=Sampling(temperature=0))) for prompt in prompts
+    }
+    waiting, steps, start = set(numbers), 0, begin
+    while True:
+        made = engine.step()
+        if not waiting:
+            steps += 1
+        elif not (waiting := waiting - {token.request for token in made}):
+            start = time.perf_counter()
+        if any(token.finish_reason for token in made):
+            break
+    seconds = (time.perf_counter() - start) / steps if steps else time.perf_counter() - begin
+    for number in numbers:
+        engine.cancel(number)
+    while engine.busy:
+        engine.step()
+    return seconds
+
+
 def median_seconds(call: Callable[[], object], *, times: int, warm_up: int = 1) -> float:
     """The median duration of `call`, which must return only when its work is done."""
     import statistics
-    import time
 
     for _ in range(warm_up):
         call()

@@ -25,9 +25,12 @@ from qwen_jax.model import attention as attention_module
 from qwen_jax.ops.attention import attention
 from qwen_jax.ops.dual_chunk import dual_chunk_attention
 from qwen_jax.ops.loss import chunked_cross_entropy
+from qwen_jax.ops.pages import Rows
 from qwen_jax.ops.vertical_slash import BLOCK, VerticalSlash, recall
 from qwen_jax.weights.load import load_params
 from qwen_jax.weights.source import open_model
+
+PAGE = 64
 
 RANDOM = ModelConfig(
     vocab_size=512, width=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=512,
@@ -87,9 +90,13 @@ def opened(options: argparse.Namespace) -> tuple[ModelConfig, model.Params, Any]
 
 def forward(config: ModelConfig, params: model.Params, tokens: jax.Array, sparse: VerticalSlash | None) -> jax.Array:
     """The hidden states of a prompt in an empty cache."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    cache = model.make_cache(config, *tokens.shape, lengths=jnp.array([tokens.shape[1]]), sparse=sparse)
-    return model.forward(config, params, tokens, positions, cache=cache, sparse=sparse)[0]
+    length = tokens.shape[1]
+    pages = -(-length // PAGE)
+    table = jnp.arange(pages, dtype=jnp.int32)[None]
+    rows = Rows(lengths=jnp.array([length], jnp.int32), table=table, count=jnp.int32(length), width=length)
+    batch = model.Batch(rows=(rows,), prompts=jnp.full(length, length, jnp.int32))
+    cache = model.make_cache(config, pages, PAGE)
+    return model.forward_cached(config, params, tokens[0], batch, cache, sparse=sparse)[0][None]
 
 
 def recalls(config: ModelConfig, params: model.Params, tokens: jax.Array, sparse: VerticalSlash) -> np.ndarray:
