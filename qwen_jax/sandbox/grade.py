@@ -57,7 +57,7 @@ def grade(program: str, checker: str, *, limits: Limits | None = None, allow_wea
             callee = Warden([*child, "program"], stdin=text, descriptors=[called, answer], **side)
             stack.enter_context(callee)
             question = encoded(nonce + checker)
-            judge = Warden([*child, "checker"], stdin=question, descriptors=[answered, call], **side)
+            judge = Warden([*child, "checker"], stdin=question, descriptors=[answered, call], answers=True, **side)
             stack.enter_context(judge)
         report = judge.receive()
         says = _read_answer(report, nonce)

@@ -61,14 +61,15 @@ class Limits:
 class Warden:
     """A sandbox with one program in it. When it is closed, or this process dies, so does all that the program started.
 
-    A program may get messages on descriptor 3 and write one answer to each on 4, and one before any; in both
-    directions that is a length in 8 bytes, little end first, and as many bytes.
+    A program that `answers` gets messages on descriptor 3 and writes one answer to each on 4, and one before any; in both
+    directions that is a length in 8 bytes, little end first, and as many bytes. It stands still after an answer.
 
     Args:
       command: what runs; "python" is the interpreter.
       stdin: its standard input.
       files: contents by path in the folder that it starts in.
       descriptors: pipes of ours that it gets as descriptors 5, 6, ...
+      answers: whether it answers; of another, what it writes to 4 is thrown away.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Warden:
         stdin: bytes = b"",
         files: Mapping[str, bytes] | None = None,
         descriptors: Sequence[int] = (),
+        answers: bool = False,
     ) -> None:
         weak = isolation == "none"
         python = EXECUTABLE if weak else PYTHON
@@ -99,6 +101,7 @@ class Warden:
             "stdin": stdin,
             "files": dict(files or {}),
             "descriptors": list(descriptors),
+            "answers": answers,
         }
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", f"{_START}.main()"],

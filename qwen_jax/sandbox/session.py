@@ -45,6 +45,7 @@ class Session:
                     ["python", "-c", _CHILD.read_text("utf-8"), f"{self._limits.output_bytes // 2}"],
                     isolation=self._isolation,
                     limits=self._limits,
+                    answers=True,
                 )
                 started = self._warden.receive()
                 if not started["alive"]:
