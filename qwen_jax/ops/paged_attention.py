@@ -178,8 +178,8 @@ def _some(units, *, pages, scales, window, chunk, block):
     zeros = lambda width: jnp.zeros((*shape, width), jnp.float32)
     steps = -(-units.length.max() // block)
     _, total, sum = jax.lax.fori_loop(0, steps, step, (zeros(1) + HIDDEN, zeros(1), zeros(dim)))
-    real = jnp.broadcast_to(units.positions[:, None, :, None] >= 0, (count, 1, width, shape[2] // width))
-    return jnp.where(real.reshape(count, 1, -1, 1), sum / total, 0).astype(dtype)
+    real = jnp.repeat(units.positions >= 0, shape[2] // width, axis=1)
+    return jnp.where(real[:, None, :, None], sum / total, 0).astype(dtype)
 
 
 def _visible(positions: Int[Array, "U Q"], slots: Int[Array, "U S"], window) -> Bool[Array, "U Q S"]:

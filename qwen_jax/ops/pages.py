@@ -159,7 +159,11 @@ def fetch(
     lanes = slice(kind * dim, (kind + 1) * dim)
     # Head by head: what is one after another for a head is then one matrix.
     page, head = ids[..., None, :], jnp.arange(pages.shape[1])[:, None]
-    x = pages.at[page, head, :, lanes].get(mode="promise_in_bounds")
+    # XLA for CPU would copy the lanes of what it has gathered once more; XLA for TPU, turn all pages around for half of
+    # their lanes.
+    half = lambda pages: pages.at[page, head, :, lanes].get(mode="promise_in_bounds")
+    whole = lambda pages: pages.at[page, head].get(mode="promise_in_bounds")[..., lanes]
+    x = jax.lax.platform_dependent(pages, cpu=half, default=whole)
     if x.dtype == jnp.uint16:
         x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
     if scales is not None:

@@ -31,6 +31,23 @@ with jax.set_mesh(make_mesh(devices=devices[:1])):
 assert memory.temp_size_in_bytes < memory.alias_size_in_bytes / 50, memory
 """
 
+# Nor must attention that is left to XLA.
+DUAL_CHUNKS = """
+import functools
+from qwen_jax.ops.paged_attention import attend
+from qwen_jax.ops.pages import Rows
+from qwen_jax.sharding import make_mesh
+
+with jax.set_mesh(make_mesh(devices=devices[:1])):
+    here = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=here)
+    rows = Rows(lengths=array((2,), jnp.int32), table=array((2, 1024), jnp.int32), count=array((), jnp.int32), width=2)
+    pages, q = array((4096, 4, 32, 256), jnp.bfloat16), array((4, 28, 128), jnp.bfloat16)
+    compute = jax.jit(functools.partial(attend, chunk=4096, implementation="auto"))
+    memory = compute.lower((q, q, q), pages, rows).compile().memory_analysis()
+assert memory.temp_size_in_bytes < pages.size * 2 / 20, memory
+"""
+
 # Heads, kv heads, head_dim, and bits where they are not 16. Groups of 7 are no multiple of any tile; without groups the
 # queries of a block are most.
 QWEN25_7B, QWEN25_05B_INT8, QWEN_7B = "28 4 128", "14 2 64 8", "32 32 128"
@@ -49,3 +66,7 @@ QWEN25_7B, QWEN25_05B_INT8, QWEN_7B = "28 4 128", "14 2 64 8", "32 32 128"
 )
 def test_compiles(compile_for_tpu, topology, generation, shape):
     compile_for_tpu(PROGRAM, topology, generation, shape)
+
+
+def test_dual_chunks_in_pages_compile(compile_for_tpu):
+    compile_for_tpu(DUAL_CHUNKS, "v5e:2x2")
