@@ -28,13 +28,11 @@ class Settings:
     """What is let in.
 
     Attributes:
-      loopback: this machine alone can reach the server.
-      key: what clients must know; None for nothing.
+      key: what clients must know; None for nothing, where this machine alone can reach the server.
       max_body: bytes of a request.
       body_seconds: how long a body may take.
     """
 
-    loopback: bool
     key: str | None
     max_body: int
     body_seconds: float = 30.0
@@ -72,8 +70,8 @@ class Guard:
         await self._app(scope, self._limited(receive), send)
 
     def _check_host(self, headers: Mapping[bytes, list[bytes]]) -> None:
-        """On loopback a request names this machine: a page elsewhere, whose name was made to lead here, does not."""
-        if not self._settings.loopback:
+        """Without a key, a request must name this machine, as a page elsewhere whose name leads here does not."""
+        if self._digest is not None:
             return
         hosts = headers.get(b"host", [])
         name = hosts[0].decode("latin-1").lower() if len(hosts) == 1 else ""

@@ -43,8 +43,8 @@ _CLOSE_SECONDS = 5
 
 def run(options: Serve) -> int:
     """Serves until a signal; the exit code."""
-    key, loopback = _key(options), is_loopback(options.host)
-    if key is None and not loopback:
+    key = _key(options)
+    if key is None and not is_loopback(options.host):
         raise ConfigError(f"--host {options.host} lets others in; give --api-key-file FILE or --api-key-env NAME, too")
     with _listen(options.host, options.port) as listener:
         opened = open_for(options)
@@ -54,9 +54,9 @@ def run(options: Serve) -> int:
         engine = opened.load(Capacity(max_rows=rows, max_length=length, cache_tokens=cache_tokens))
         opened.report()
         _try(engine, served)
-        service = Service(engine, max_rows=rows + options.max_waiting)
+        service = Service(engine, room=rows + options.max_waiting)
         max_body = min(_MORE_BYTES + _BYTES_PER_TOKEN * length, strict_json.MAX_BYTES)
-        server = make_server(service, served, Settings(loopback=loopback, key=key, max_body=max_body))
+        server = make_server(service, served, Settings(key=key, max_body=max_body))
         _log_to_stderr()
         host, port = listener.getsockname()[:2]
         print(f"infer: serving {served.name} at http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr)

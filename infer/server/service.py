@@ -27,16 +27,16 @@ class Service:
     All methods are called on the event loop that `start` was called on.
 
     Attributes:
-      max_rows: most completions that may be on their way, made or waiting.
+      room: completions that may be on their way, made or waiting.
       metrics: the server's counters.
       error: what ended the engine; None while it is well.
       draining: new requests are refused, since the server ends.
       failed: set when `error` is.
     """
 
-    def __init__(self, engine: Engine, *, max_rows: int, patience: float = PATIENCE) -> None:
+    def __init__(self, engine: Engine, *, room: int, patience: float = PATIENCE) -> None:
         """`patience` is what a step may take, in seconds."""
-        self.max_rows = max_rows
+        self.room = room
         self.metrics = Metrics(lambda: self._stats)
         self.error: BaseException | None = None
         self.draining = False
@@ -76,10 +76,10 @@ class Service:
             raise ApiError(500, "the engine has failed, and the server ends", close=True)
         if self.draining:
             raise ApiError(503, "the server is about to end", retry_after=5, close=True)
-        if rows > self.max_rows:
-            message = f"{rows} completions are more than the {self.max_rows} that may be made and wait together"
+        if rows > self.room:
+            message = f"{rows} completions are more than the {self.room} that may be made and wait together"
             raise ApiError(400, message, param="n")
-        if self._num_rows + rows > self.max_rows:
+        if self._num_rows + rows > self.room:
             raise ApiError(
                 429, "too many completions are waiting; try again", code="rate_limit_exceeded", retry_after=1
             )

@@ -133,9 +133,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def run_server(
-    engine, tokenizer, *, max_rows=8, patience=60.0, drain_seconds=5.0, served=None, fails=False, **settings
-):
+def run_server(engine, tokenizer, *, room=8, patience=60.0, drain_seconds=5.0, served=None, fails=False, **settings):
     """A server in a thread. Leaving it stops it, as a signal would, and raises what the engine failed with."""
     defaults = Served(
         name="tiny",
@@ -148,11 +146,11 @@ def run_server(
         stop_ids=frozenset({tokenizer.end_of_text}),
         max_length=engine.max_length,
     )
-    settings = Settings(**({"loopback": True, "key": None, "max_body": 2**20} | settings))
+    settings = Settings(**({"key": None, "max_body": 2**20} | settings))
     ready, box = threading.Event(), {}
 
     async def main():
-        service = Service(engine, max_rows=max_rows, patience=patience)
+        service = Service(engine, room=room, patience=patience)
         server = make_server(service, dataclasses.replace(defaults, **(served or {})), settings)
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         box.update(service=service, stop=lambda: loop.call_soon_threadsafe(stop.set))

@@ -21,7 +21,7 @@ def real(long_run):
     opened = open_for(parse(["serve", str(long_run), "--format", "qwen3"]))
     # Too few pages for both rows at once: one gives way, and is computed again.
     engine = opened.load(Capacity(max_rows=ROWS, max_length=112, cache_tokens=112, page_size=8, chunk=32))
-    with run_server(engine, opened.tokenizer, max_rows=64, patience=300) as running:
+    with run_server(engine, opened.tokenizer, room=64, patience=300) as running:
         yield running
 
 

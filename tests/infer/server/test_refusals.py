@@ -173,7 +173,7 @@ def test_no_page_of_another_origin_is_served(scripted):
 def guarded(tagged):
     """A server with a key and little patience."""
     limits = dict(key=KEY, max_body=2000, body_seconds=0.3)
-    with run_server(ScriptedEngine(tagged), tagged, max_rows=2, **limits) as running:
+    with run_server(ScriptedEngine(tagged), tagged, room=2, **limits) as running:
         yield running
 
 
@@ -197,6 +197,7 @@ def test_only_health_and_the_page_need_no_key(guarded):
             refused(http.get(path), 401)
         for given in (good, b"bearer  " + KEY.encode()):
             assert http.get("/v1/models", headers={"Authorization": given}).status_code == 200
+            assert http.get("/v1/models", headers={"Authorization": given, "Host": "a.proxy"}).status_code == 200
         both = [("Authorization", good), ("Authorization", b"Bearer x")]
         refused(http.get("/v1/models", headers=both), 401)
 
