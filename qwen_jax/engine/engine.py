@@ -109,10 +109,10 @@ class Engine:
         width = -(-self.max_length // size)
         num_pages = -(-capacity.cache_tokens // size) if capacity.cache_tokens else capacity.max_rows * width
         self.max_length = min(self.max_length, num_pages * size)
-        self._scheduler = Scheduler(Pages(num_pages, size), max_rows=capacity.max_rows, chunk=capacity.chunk)
         with jax.set_mesh(mesh):
             # XLA on CPU multiplies one row of bfloat16 some ten times slower than two.
             least = math.lcm(sharding.axis_size(sharding.ROWS), 2 if config.dtype == "bfloat16" else 1)
+            padding_costs = sharding.platform() == "cpu"
             self._cache = make_cache(config, num_pages, size, int8=capacity.int8)
             # One more than there are rows: the place of whatever nobody asked for.
             self._last = jnp.zeros(capacity.max_rows + 1, jnp.int32)
@@ -123,7 +123,11 @@ class Engine:
             )
         configs = [config, speculate.config] if isinstance(speculate, DraftModel) else [config]
         lengths = sparse is not None or any(config.rope.by_length for config in configs)
-        self._packing = Packing(capacity=capacity, width=width, least=least, prompts=lengths)
+        self._packing = Packing(
+            capacity=capacity, width=width, least=least, prompts=lengths, padding_costs=padding_costs
+        )
+        pages = Pages(num_pages, size)
+        self._scheduler = Scheduler(pages, max_rows=capacity.max_rows, piece=self._packing.piece)
         self._speculate = speculate
         self._seen: Seen | None = None
         self._flight: _Flight | None = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -14,9 +15,12 @@ from qwen_jax.engine.steps import Choice, Inputs
 from qwen_jax.ops.pages import Rows
 from qwen_jax.ops.sampling import Sampling, Stages
 
-# Numbers of rows are rounded up to one of these times the next, and lengths of pieces likewise from the shortest on.
+# Numbers of rows, and lengths of pieces, are rounded up to a few: the least, so many times that, and so on.
 _STEP = 4
 _SHORTEST = 32
+# Where padding costs what tokens cost:
+_MANY, _STEP_OF_MANY = 16, 2  # rows
+_LEAST_FULL = 0.75  # a piece; one that would be less so is cut
 
 _IDLE = Sampling(temperature=0)
 
@@ -34,7 +38,7 @@ class Capacity:
       cache_tokens: tokens that the cache has room for; None for `max_rows` requests of `max_length` tokens each.
       page_size: tokens of a page, the unit in which rows take room and share what they have in common; with int8 a
         multiple of 128.
-      chunk: tokens of a prompt that one step takes in.
+      chunk: tokens of a prompt that one step takes in, at most.
       int8: whether keys and values are kept in int8, with a scale for each.
     """
 
@@ -55,26 +59,36 @@ class Packing:
       width: pages of a row at most.
       least: rows are multiples of this many.
       prompts: whether the lengths of prompts matter.
+      padding_costs: whether it costs what tokens cost, as on CPU. Elsewhere a step takes about as long with more of it.
     """
 
     capacity: Capacity
     width: int
     least: int
     prompts: bool
+    padding_costs: bool
+
+    def piece(self, left: int) -> int:
+        """How many tokens of a prompt the next step takes in, of those that are left."""
+        size = min(left, self.capacity.chunk)
+        shorter = [width for width in self._piece_widths if width < size]
+        if self.padding_costs and shorter and size < _LEAST_FULL * self._piece_width(size):
+            return shorter[-1]
+        return size
 
     def inputs(self, rows: Sequence[Row], piece: Piece | None) -> tuple[Inputs, int]:
         """What the model takes in, and how many rows of logits the piece has."""
         given: dict[str, Any] = {}
         prompts = []
         if rows:
-            count = self._rounded(len(rows), self.least, self.capacity.max_rows)
+            count = next(count for count in self._row_counts if count >= len(rows))
             more = count - len(rows)
             given["places"] = np.array([*(row.place for row in rows), *[self.capacity.max_rows] * more], np.int32)
             given["rows"] = self._rows(rows, [row.length for row in rows], count, width=1)
             prompts += [*(len(row.request.prompt) for row in rows), *[0] * more]
         if piece is not None:
             size = piece.stop - piece.start
-            width = self._rounded(size, math.lcm(_SHORTEST, self.least), max(self.capacity.chunk, size))
+            width = self._piece_width(size)
             given["tokens"] = np.zeros(width, np.int32)
             given["tokens"][:size] = piece.row.tokens[piece.start : piece.stop]
             given["piece"] = self._rows([piece.row], [piece.stop], 1, width=width, new=size)
@@ -103,10 +117,18 @@ class Packing:
         )
         return Choice(**arrays, stages=Stages.of([request.sampling if request else _IDLE for request in requests]))
 
-    def _rounded(self, size: int, least: int, most: int) -> int:
-        """The first of `least`, four times that and so on which is at least `size`, but not above what `most` needs."""
-        steps = max(0, math.ceil(math.log(size / least, _STEP) - 1e-9))
-        return min(least * _STEP**steps, -(-most // least) * least)
+    @functools.cached_property
+    def _row_counts(self) -> Sequence[int]:
+        step = lambda count: _STEP_OF_MANY if self.padding_costs and count >= _MANY else _STEP
+        return _ladder(self.least, self.capacity.max_rows, step)
+
+    @functools.cached_property
+    def _piece_widths(self) -> Sequence[int]:
+        return _ladder(math.lcm(_SHORTEST, self.least), self.capacity.chunk, lambda width: _STEP)
+
+    def _piece_width(self, size: int) -> int:
+        shortest = self._piece_widths[0]
+        return next((width for width in self._piece_widths if width >= size), -(-size // shortest) * shortest)
 
     def _rows(self, rows: Sequence[Row], lengths: Sequence[int], count: int, *, width: int, new: int = 1) -> Rows:
         """A group of `count` rows, of which the first are `rows`."""
@@ -115,6 +137,14 @@ class Packing:
             entry[: len(row.pages)] = row.pages
         padded: Any = np.array([*lengths, *[0] * (count - len(rows))], np.int32)
         return Rows(lengths=padded, table=table, count=cast(Any, np.int32(len(rows) * new)), width=width)
+
+
+def _ladder(least: int, most: int, step: Callable[[int], int]) -> Sequence[int]:
+    """`least`, `step` times that and so on; the last is what `most` needs, in multiples of `least`."""
+    values = [least]
+    while values[-1] < most:
+        values.append(min(values[-1] * step(values[-1]), -(-most // least) * least))
+    return values
 
 
 def allowed(wanted: Sequence[Wanted], num_tokens: int) -> np.ndarray | None:

@@ -1,16 +1,17 @@
 """What the next step computes: continuous batching over pages, with chunked prefill, sharing and preemption.
 
 Every row that has its prompt behind it makes a token in every step, and beside them one piece of one prompt is taken
-in. Rows are admitted in the order they came, as soon as a place and the pages of all their tokens are free. When a row
-grows and no page is left, the row that was admitted last gives up its own and waits, as the first, to be computed
-again. All this looks at lengths only: which tokens were chosen may be known later.
+in. Rows are admitted in the order they came: each when the prompt before it is in, so that it finds what they have in
+common, and as soon as a place and the pages of all its tokens are free. When a row grows and no page is left, the row
+that was admitted last gives up its own and waits, as the first, to be computed again. All this looks at lengths only:
+which tokens were chosen may be known later.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 from qwen_jax.engine.pages import Pages
 from qwen_jax.engine.request import Request
@@ -84,16 +85,17 @@ class Scheduler:
       reused: tokens that were found in pages instead of being computed.
     """
 
-    def __init__(self, pages: Pages, *, max_rows: int, chunk: int) -> None:
+    def __init__(self, pages: Pages, *, max_rows: int, piece: Callable[[int], int]) -> None:
         """
         Args:
           pages: of the cache.
           max_rows: rows that run together.
-          chunk: tokens of a piece at most; a row whose kind is None is taken in whole.
+          piece: how many tokens are taken in at once, of so many that are left of a prompt; a row whose kind is None
+            is taken in whole.
         """
         self.pages = pages
         self.preemptions = self.reused = 0
-        self._chunk = chunk
+        self._piece_of = piece
         self._places = list(range(max_rows - 1, -1, -1))
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []  # in the order of admission
@@ -132,17 +134,16 @@ class Scheduler:
 
         `drafts` are the tokens that rows try to be ahead by: slots are had for them, but do not count.
         """
-        self._admit()
-        piece = next((row for row in self._running if not row.decoding), None)
         rows = []
         for row in [row for row in self._running if row.decoding and not row.ended]:
             # A row may be gone, for one that came before it.
             if row.place is not None and self._grow(row, row.target + drafts):
                 rows.append(row)
+        piece = next((row for row in self._running if not row.decoding), None) or self._admit()
         for row in rows:
             row.length = row.target
             row.made += 1
-        if piece is None or piece.place is None:
+        if piece is None:
             return Plan(rows, None) if rows else None
         return Plan(rows, self._piece(piece))
 
@@ -156,28 +157,32 @@ class Scheduler:
             row.published += 1
 
     def _piece(self, row: Row) -> Piece:
-        size = self._chunk if row.kind is not None else row.target
-        stop = min(row.target, row.length + size)
+        left = row.target - row.length
+        stop = row.length + (left if row.kind is None else self._piece_of(left))
         piece = Piece(row, row.length, stop, last=stop == row.target)
         row.length, row.decoding = stop, piece.last
         row.made += piece.last
         return piece
 
-    def _admit(self) -> None:
-        while self._waiting and self._places:
-            row = self._waiting[0]
-            shared, node = ([], None) if row.kind is None else self.pages.match(row.kind, row.tokens[:-1])
-            wanted = self._num_pages(row.target) - len(shared)
-            if wanted > self.pages.free:
-                self.pages.release(shared)
-                return
-            self._waiting.popleft()
-            row.pages = shared + self.pages.take(wanted)
-            row.published, row.node = len(shared), node
-            row.length = len(shared) * self.pages.size
-            self.reused += row.length
-            row.place = self._places.pop()
-            self._running.append(row)
+    def _admit(self) -> Row | None:
+        """The row that waits as the first, if there is room for it."""
+        if not (self._waiting and self._places):
+            return None
+        row = self._waiting[0]
+        shared, node = ([], None) if row.kind is None else self.pages.match(row.kind, row.tokens[:-1])
+        wanted = self._num_pages(row.target) - len(shared)
+        # A page is left for each row that runs: the first that grew would have this one give way.
+        if wanted + len(self._running) > self.pages.free:
+            self.pages.release(shared)
+            return None
+        self._waiting.popleft()
+        row.pages = shared + self.pages.take(wanted)
+        row.published, row.node = len(shared), node
+        row.length = len(shared) * self.pages.size
+        self.reused += row.length
+        row.place = self._places.pop()
+        self._running.append(row)
+        return row
 
     def _grow(self, row: Row, length: int) -> bool:
         """Pages for so many tokens of a row, at the cost of later rows; False if the row itself had to give way."""

@@ -151,7 +151,7 @@ def test_two_hundred_requests_are_the_full_forward_pass_token_for_token(name):
 
 def check_crowd(changes, *, count):
     # Room for the longest request and little more: rows must give way.
-    capacity = Capacity(max_rows=4, page_size=4, cache_tokens=96, chunk=16)
+    capacity = Capacity(max_rows=4, page_size=4, cache_tokens=80, chunk=16)
     engine = make_engine(capacity=capacity, **changes | dict(max_position=80))
     requests, at = crowd(np.random.default_rng(1), count, 70)
     made = run(engine, requests, at=at)
