@@ -21,7 +21,8 @@ from qwen_jax.engine.scheduler import Row, Scheduler
 from qwen_jax.engine.speculative import Drafter, DraftModel, PromptLookup
 from qwen_jax.engine.steps import Chosen, Inputs, choose, compute, remember
 from qwen_jax.errors import DataError
-from qwen_jax.model import Params, make_cache
+from qwen_jax.model import Params, make_cache, repeat_kv_heads
+from qwen_jax.ops.pages import kv_heads
 from qwen_jax.ops.rope import kind
 from qwen_jax.ops.sampling import Seen
 from qwen_jax.ops.vertical_slash import VerticalSlash
@@ -75,7 +76,8 @@ class Engine:
     """A model ready to decode. Not for several threads at once.
 
     Attributes:
-      config: shape and constants; `dtype` is the type of its parameters and of the computation.
+      config: shape and constants, with at least one kv head for each device along `tensor`; `dtype` is the type of its
+        parameters and of the computation.
       mesh: the devices it runs on.
       max_length: tokens of a request at most, its prompt and what follows.
     """
@@ -102,14 +104,15 @@ class Engine:
             computes.
           speculate: how tokens are guessed beforehand, which changes none of them; None for not at all.
         """
-        self.config, self.mesh = config, mesh
-        self._params, self._num_tokens, self._sparse = params, num_tokens, sparse
+        self.mesh, self._num_tokens, self._sparse = mesh, num_tokens, sparse
         self.max_length = min(capacity.max_length or config.max_position, config.max_position)
         size = capacity.page_size
         width = -(-self.max_length // size)
         num_pages = -(-capacity.cache_tokens // size) if capacity.cache_tokens else capacity.max_rows * width
         self.max_length = min(self.max_length, num_pages * size)
         with jax.set_mesh(mesh):
+            self.config = dataclasses.replace(config, num_kv_heads=kv_heads(config.num_kv_heads))
+            self._params = repeat_kv_heads(params)
             # XLA on CPU multiplies one row of bfloat16 some ten times slower than two.
             least = math.lcm(sharding.axis_size(sharding.ROWS), 2 if config.dtype == "bfloat16" else 1)
             padding_costs = sharding.platform() == "cpu"
@@ -192,7 +195,8 @@ class Engine:
     def swap(self, params: Params) -> None:
         """Goes on with other weights of the same shapes. What requests have so far is computed anew."""
         self._early += self._collect()
-        self._params = params
+        with jax.set_mesh(self.mesh):
+            self._params = repeat_kv_heads(params)
         self._scheduler.restart()
 
     def step(self) -> list[Token]:

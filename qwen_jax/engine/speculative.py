@@ -19,7 +19,8 @@ from jaxtyping import Array, Int
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.steps import Choice, Inputs, choose, compute
-from qwen_jax.model import Batch, Cache, Params, forward_cached, make_cache
+from qwen_jax.model import Batch, Cache, Params, forward_cached, make_cache, repeat_kv_heads
+from qwen_jax.ops.pages import kv_heads
 
 _LOOK_BACK = 8192  # tokens
 
@@ -85,8 +86,9 @@ class Drafter:
     """A draft model at work: it has the engine's pages, by the same numbers, with keys and values of its own."""
 
     def __init__(self, draft: DraftModel, *, num_pages: int, page_size: int, num_tokens: int) -> None:
-        self._draft, self._num_tokens = draft, num_tokens
-        self._cache = make_cache(draft.config, num_pages, page_size)
+        config = dataclasses.replace(draft.config, num_kv_heads=kv_heads(draft.config.num_kv_heads))
+        self._draft = dataclasses.replace(draft, config=config, params=repeat_kv_heads(draft.params))
+        self._cache, self._num_tokens = make_cache(config, num_pages, page_size), num_tokens
 
     def follow(self, inputs: Inputs) -> None:
         """Takes in what the engine's model takes in, with `known` tokens of rows."""

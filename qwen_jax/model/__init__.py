@@ -6,7 +6,7 @@ C labels of a score or of a router.
 
 from qwen_jax.model.cache import Batch, Cache, LayerCache, make_cache
 from qwen_jax.model.heads import scores
-from qwen_jax.model.layout import stack_layers, unstack_layers
+from qwen_jax.model.layout import repeat_kv_heads, stack_layers, unstack_layers
 from qwen_jax.model.transformer import (
     Params,
     Qwen,
@@ -28,6 +28,7 @@ __all__ = [
     "abstract",
     "stack_layers",
     "unstack_layers",
+    "repeat_kv_heads",
     # The forward pass
     "Qwen",
     "Remat",

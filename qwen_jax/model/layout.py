@@ -2,7 +2,7 @@
 
 Stacked: `{"layers": tree of [L, ...]}`: what a scan over layers trains, and the one layout on disk.
 One entry per layer: `{"layers_0": tree, "layers_1": tree, …}`: what decoding and training on CPU run, where slicing
-a layer out of a stack costs a copy of its weights in every step.
+a layer out of a stack costs a copy of its weights in every step. For decoding, kv heads may be repeated.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax import sharding
+from qwen_jax.ops.attention import one_kv_head_per_device
 
 _PREFIX = "layers_"
 
@@ -38,6 +42,27 @@ def stack_layers(tree: Any) -> Any:
         return {k: v for k, v in node.items() if not k.startswith(_PREFIX)} | {"layers": stack}
 
     return _replace(tree, lambda node: f"{_PREFIX}0" in node, join)
+
+
+def repeat_kv_heads(params: Any) -> Any:
+    """Parameters of one entry per layer, with at least one kv head for each device along `tensor`.
+
+    Where a model has fewer, each is repeated for the devices that share it: a device then stores and reads its own
+    alone, where those that cannot be split are whole on every device.
+    """
+    ways = sharding.axis_size("tensor")
+
+    def repeat(x: jax.Array) -> jax.Array:
+        if len(x) % ways == 0:
+            return x
+        return jax.sharding.reshard(one_kv_head_per_device(x[None])[0], P("tensor", *jax.typeof(x).sharding.spec[1:]))
+
+    def of_layer(layer: dict) -> dict:
+        attention = layer["attention"]
+        repeated = {name: jax.tree.map(repeat, attention[name]) for name in ("k", "v")}
+        return {**layer, "attention": {**attention, **repeated}}
+
+    return {name: of_layer(node) if name.startswith(_PREFIX) else node for name, node in params.items()}
 
 
 def _replace(tree: Any, found: Callable[[dict], bool], change: Callable[[dict], dict]) -> Any:
