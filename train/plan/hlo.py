@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f8e4m3fn": 1, "f8e5m2": 1} | {
+BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f8e4m3fn": 1, "f8e5m2": 1} | {
     f"{kind}{bits}": bits / 8 for kind in "fsu" for bits in (4, 8, 16, 32, 64)
 }
 _ARRAY = re.compile(r"\b([a-z]+\d+[a-z\d]*|pred)\[([\d,]*)\]")
@@ -69,27 +69,40 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
+    """`%name = type operation(rest`, the rest being operands and attributes."""
+
     name: str
     type: str
     operation: str
-    rest: str  # operands and attributes
+    rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of what it is applied to."""
+        depth = 1
+        for i, letter in enumerate(self.rest):
+            depth += (letter == "(") - (letter == ")")
+            if depth == 0:
+                return re.findall(r"%([\w.\-]+)", self.rest[:i])
+        raise ValueError(f"{self.name} has no end: {self.rest[:80]}")
 
     def attribute(self, pattern: str, default: str = "") -> str:
+        """The group of `pattern` in what follows the name of the operation."""
         match = re.search(pattern, self.rest)
         return match[1] if match else default
 
 
 def read(text: str) -> Program:
     """The program of `compiled.as_text()`."""
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     return _Reader(computations).program(entry)
 
 
 class _Reader:
     """Goes through a program from its entry, and counts."""
 
-    def __init__(self, computations: dict[str, list[_Instruction]]) -> None:
+    def __init__(self, computations: dict[str, list[Instruction]]) -> None:
         self._computations = computations
         self._cycles = {True: 0.0, False: 0.0}
         self._kernels: dict[str, int] = {}
@@ -122,7 +135,7 @@ class _Reader:
                 self._kernels[kernel] = self._kernels.get(kernel, 0) + times
             self._communicate(x, times, path)
 
-    def _communicate(self, x: _Instruction, times: int, path: str) -> None:
+    def _communicate(self, x: Instruction, times: int, path: str) -> None:
         inside = [x, *self._inside(x)] if x.operation in ("fusion", "async-start") else [x]
         overlapped = x.operation.endswith("-start") or any("AsyncCollective" in each.rest for each in inside[1:])
         # The compiler's form of a reduce-scatter: a sum of which a device keeps its part, padded to whole tiles.
@@ -148,12 +161,12 @@ class _Reader:
                 between_slices=bool(sent),
             )
 
-    def _inside(self, x: _Instruction) -> Iterator[_Instruction]:
+    def _inside(self, x: Instruction) -> Iterator[Instruction]:
         for each in self._computations.get(x.attribute(r"calls=%([\w.\-]+)"), []):
             yield each
             yield from self._inside(each)
 
-    def _multiplies(self, x: _Instruction) -> bool:
+    def _multiplies(self, x: Instruction) -> bool:
         return any(each.operation in ("convolution", "dot") for each in (x, *self._inside(x)))
 
     def _trips(self, condition: str) -> int:
@@ -163,9 +176,9 @@ class _Reader:
         return max((int(match[1]) for match in constants if match), default=1)
 
 
-def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """The instructions of each computation, and the name of the first that runs."""
-    computations: dict[str, list[_Instruction]] = {}
+    computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
     # What describes a kernel may have lines of its own, some of which look like the end of a computation.
     for line in _METADATA.sub("", text).splitlines():
@@ -177,7 +190,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
         elif current is not None and (found := _INSTRUCTION.match(line)):
             kind, rest = _split_type(found[2])
             if operation := _OPERATION.match(rest):
-                current.append(_Instruction(found[1], kind, operation[1], operation[2]))
+                current.append(Instruction(found[1], kind, operation[1], operation[2]))
     return computations, entry
 
 
@@ -191,9 +204,9 @@ def _split_type(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def _result_bytes(x: _Instruction, group: int) -> float:
+def _result_bytes(x: Instruction, group: int) -> float:
     total = sum(
-        _BYTES.get(dtype, 0) * math.prod(int(size) for size in sizes.split(",") if size)
+        BYTES.get(dtype, 0) * math.prod(int(size) for size in sizes.split(",") if size)
         for dtype, sizes in _ARRAY.findall(x.type)
     )
     # A started one has its operand in its type, beside the result.
