@@ -33,6 +33,7 @@ class Quantization:
       symmetric: whether all zeros are the middle of the range.
       offset: what stored zeros are short of.
       head_bits: of the output head's numbers, where it is quantised too.
+      scales: their type.
     """
 
     method: Literal["gptq", "awq"]
@@ -41,6 +42,7 @@ class Quantization:
     symmetric: bool
     offset: int
     head_bits: int
+    scales: str = "float16"
 
     def of(self, name: str) -> Quantization:
         """How the weight of that published name is stored."""

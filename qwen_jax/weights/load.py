@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.config import DType
+from qwen_jax.config import DType, ModelConfig, Moe
 from qwen_jax.errors import ModelError
 from qwen_jax.model import Params, abstract, unstack_layers
 from qwen_jax.ops.quantized import Quantized
 from qwen_jax.weights import hf
-from qwen_jax.weights.load_quantized import load_quantized
+from qwen_jax.weights.hf_quantization import Quantization
+from qwen_jax.weights.load_quantized import abstract_quantized, load_quantized
 from qwen_jax.weights.source import NativeCheckpoint, PublishedFolder
 
 
@@ -39,22 +40,62 @@ def load_params(model: PublishedFolder | NativeCheckpoint, *, dtype: DType, stac
             f"{model.path} is quantised, and those weights are for decoding; to train them, write them unquantised "
             "first: python -m qwen_jax.weights.convert SRC DST --dtype bfloat16"
         )
-    shapes = abstract(model.config)
-    shapes = shapes if stacked else jax.eval_shape(unstack_layers, shapes)
+    quantized = {name: model.quantized.of(name) for name in model.quantized.names}
+    wanted = abstract_params(model.config, model.table, dtype=dtype, stacked=stacked, quantized=quantized)
     found = _parts(model.table)
     read = _reader(model, found)
 
-    def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array | Quantized:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if places := _quantized(model, found, *_stacked_path(name)):
-            _, part, rows = places[0]
-            names = [(tensor.name, rows) for tensor, _, rows in places]
-            return load_quantized(model.quantized, names, leaf, shape=part.shape, outputs=_output_axes(part, rows))
+    def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct | Quantized) -> jax.Array | Quantized:
+        name = _name(path)
+        if isinstance(leaf, Quantized):
+            places = _places(found, *_stacked_path(name), model.config.moe)
+            return load_quantized(model.quantized, [(tensor.name, rows) for tensor, _, rows in places], leaf)
         part = lambda index: read(name, leaf.shape, index).astype(dtype, copy=False)
-        sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
-        return jax.make_array_from_callback(leaf.shape, sharding, part)
+        return jax.make_array_from_callback(leaf.shape, cast(jax.sharding.Sharding, leaf.sharding), part)
 
-    return cast(Params, jax.tree.map_with_path(load, shapes))
+    return cast(Params, jax.tree.map_with_path(load, wanted, is_leaf=_is_quantized))
+
+
+def abstract_params(
+    config: ModelConfig,
+    table: Sequence[hf.Tensor],
+    *,
+    dtype: DType,
+    stacked: bool,
+    quantized: Mapping[str, Quantization],
+) -> Params:
+    """Shapes, types and shardings of parameters on the current mesh, as `load_params` gives them.
+
+    Args:
+      config, table: of the model.
+      dtype, stacked: as for `load_params`.
+      quantized: published tensors that are, and how.
+
+    Raises ModelError where some experts are and some are not, ConfigError where they cannot be split over the mesh.
+    """
+    shapes, found = abstract(config), _parts(table)
+    shapes = shapes if stacked else jax.eval_shape(unstack_layers, shapes)
+
+    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | Quantized:
+        places = _places(found, *_stacked_path(_name(path)), config.moe)
+        hows = {quantized.get(tensor.name) for tensor, _, _ in places}
+        if len(hows) > 1:
+            raise ModelError(f"experts such as {places[0][0].name} are not quantised alike, and only that is read")
+        if how := next(iter(hows), None):
+            _, part, rows = places[0]
+            return abstract_quantized(leaf, shape=part.shape, outputs=_output_axes(part, rows), how=how)
+        whole = jax.sharding.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=whole)
+
+    return cast(Params, jax.tree.map_with_path(one, shapes))
+
+
+def _is_quantized(leaf: object) -> bool:
+    return isinstance(leaf, Quantized)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 # An array, or one layer or expert of it, and the rows of the published tensor that it is.
@@ -77,14 +118,10 @@ def _stacked_path(path: str) -> tuple[str, tuple[int, ...]]:
     return path, ()
 
 
-def _quantized(model: PublishedFolder, found: _Parts, path: str, stack: tuple[int, ...]) -> list[_Place]:
-    """Where an array is, or the arrays of the experts that it holds, if they are quantised; else nothing."""
-    experts = [(path, (*stack, e)) for e in range(model.config.moe.num_experts if model.config.moe else 0)]
-    places = [found[key] for key in [(path, stack), *experts] if key in found]
-    quantized = [tensor.name in model.quantized.names for tensor, _, _ in places]
-    if any(quantized) and not all(quantized):
-        raise ModelError(f"{model.path}: of the experts with {places[0][0].name}, some are quantised and some are not")
-    return places if all(quantized) else []
+def _places(found: _Parts, path: str, stack: tuple[int, ...], moe: Moe | None) -> list[_Place]:
+    """Where an array is, or those of the experts that it holds; nothing where it is a stack of layers."""
+    experts = [(path, (*stack, e)) for e in range(moe.num_experts if moe else 0)]
+    return [found[key] for key in [(path, stack), *experts] if key in found]
 
 
 def _reader(model: PublishedFolder, found: _Parts) -> Callable[[str, tuple[int, ...], tuple[slice, ...]], np.ndarray]:

@@ -1,7 +1,8 @@
-"""A quantised weight onto the current mesh: every process reads the slices its devices hold, and no more."""
+"""A quantised weight on the current mesh: every process reads the slices its devices hold, and no more."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,71 +11,76 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from qwen_jax import sharding
 from qwen_jax.ops.quantized import Quantized, is_packed, split
+from qwen_jax.weights.hf_quantization import Quantization
 from qwen_jax.weights.quantized import QuantizedTensors, unpack
 
 Index = tuple[slice, ...]
 Place = tuple[str, slice]  # a published tensor, and the rows of it that are meant
 
 
-def load_quantized(
-    tensors: QuantizedTensors,
-    places: Sequence[Place],
-    leaf: jax.ShapeDtypeStruct,
-    *,
-    shape: Sequence[int],
-    outputs: int,
+def abstract_quantized(
+    leaf: jax.ShapeDtypeStruct, *, shape: Sequence[int], outputs: int, how: Quantization
 ) -> Quantized:
+    """Shapes, types and shardings of a weight, or those of the experts.
+
+    Args:
+      leaf: its shape, with a first axis of experts, and how it would be split if it were not quantised.
+      shape: without experts.
+      outputs: how many of these axes are outputs.
+      how: it is stored.
+    """
+    assert isinstance(leaf.sharding, NamedSharding)
+    stack, inputs = leaf.shape[: len(leaf.shape) - len(shape)], math.prod(shape[outputs:])
+    groups, width = how.groups(inputs), math.prod(shape[:outputs])
+    like = lambda dtype, *inner: jax.ShapeDtypeStruct((*stack, *inner, width), dtype)
+    if is_packed():
+        values = like(jnp.int32, inputs // how.count)
+    else:
+        values = like(jnp.int4 if how.bits == 4 else jnp.int8, groups, inputs // groups)
+    arrays: dict[str, Any] = {"values": values, "scales": like(jnp.dtype(how.scales), groups)}
+    arrays["zeros"] = None if how.symmetric else like(jnp.int8, groups)
+    found = Quantized(**arrays, bits=how.bits, shape=leaf.shape)
+    splits = split(sharding.whole_along_fsdp(leaf.sharding.spec), outputs, found)
+    mesh = jax.sharding.get_mesh()
+    put = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+    return jax.tree.map(put, found, splits)
+
+
+def load_quantized(tensors: QuantizedTensors, places: Sequence[Place], like: Quantized) -> Quantized:
     """A weight, or those of the experts.
 
     Args:
       tensors: of the folder.
       places: where the weight is, or that of each expert.
-      leaf: its shape, and how it would be split if it were not quantised.
-      shape: of one of `places`.
-      outputs: how many of its axes are outputs.
+      like: what `abstract_quantized` gives.
     """
-    (name, rows), size = places[0], math.prod(shape[outputs:])
-    stack, how, packed = leaf.shape[: len(leaf.shape) - len(shape)], tensors.of(name), is_packed()
-    groups = how.groups(size)
+    how = tensors.of(places[0][0])
 
     def numbers(name: str, index: Index) -> np.ndarray:
         of_groups, in_group, columns = index
-        start, stop = (i * (size // groups) for i in (of_groups.start, of_groups.stop - 1))
-        words = tensors.words(name, slice(start + in_group.start, stop + in_group.stop), columns)
-        found = unpack(words, how.bits).astype(np.int16) - how.middle
+        size = like.values.shape[-2]
+        start, stop = of_groups.start * size + in_group.start, (of_groups.stop - 1) * size + in_group.stop
+        found = unpack(tensors.words(name, slice(start, stop), columns), how.bits).astype(np.int16) - how.middle
         return found.reshape(of_groups.stop - of_groups.start, -1, found.shape[1])
 
     def words(name: str, index: Index) -> np.ndarray:
         return tensors.words(name, slice(index[0].start * how.count, index[0].stop * how.count), index[1])
 
-    readers: dict[str, Callable[[str, Index], np.ndarray]] = {
-        "values": words if packed else numbers,
-        "scales": lambda name, index: tensors.scales(name, *index),
-        "zeros": lambda name, index: tensors.zeros(name, *index),
-    }
-    kind = np.dtype(np.int32) if packed else np.dtype(jnp.int4 if how.bits == 4 else jnp.int8)
-    of_values = (size // how.count,) if packed else (groups, size // groups)
-    like = lambda dtype, *inner: jax.ShapeDtypeStruct((*stack, *inner, rows.stop - rows.start), dtype)
-    arrays: dict[str, Any] = {"values": like(kind, *of_values), "scales": like(tensors.scales_dtype(name), groups)}
-    arrays["zeros"] = None if how.symmetric else like(np.dtype(np.int8), groups)
-    assert isinstance(leaf.sharding, NamedSharding)
-    whole = sharding.whole_along_fsdp(leaf.sharding.spec)
-    splits = split(whole, outputs, Quantized(**arrays, bits=how.bits, shape=leaf.shape))
-    for field in [field for field, array in arrays.items() if array is not None]:
-        arrays[field] = _array(places, bool(stack), arrays[field], getattr(splits, field), readers[field])
-    return Quantized(**arrays, bits=how.bits, shape=leaf.shape)
+    stacked = like.scales.ndim == 3
+    array = lambda like, read: _array(places, stacked, like, read)
+    return dataclasses.replace(
+        like,
+        values=array(like.values, words if like.packed else numbers),
+        scales=array(like.scales, lambda name, index: tensors.scales(name, *index)),
+        zeros=None if like.zeros is None else array(like.zeros, lambda name, index: tensors.zeros(name, *index)),
+    )
 
 
 def _array(
-    places: Sequence[Place],
-    stacked: bool,
-    like: jax.ShapeDtypeStruct,
-    split: P,
-    read: Callable[[str, Index], np.ndarray],
+    places: Sequence[Place], stacked: bool, like: jax.ShapeDtypeStruct, read: Callable[[str, Index], np.ndarray]
 ) -> jax.Array:
     """One array of the weight, of which `read(name, index)` is a slice of one tensor."""
 
@@ -89,4 +95,4 @@ def _array(
             return of_place(places[0], index)
         return np.stack([of_place(place, index[1:]) for place in places[index[0]]])
 
-    return jax.make_array_from_callback(like.shape, NamedSharding(jax.sharding.get_mesh(), split), part)
+    return jax.make_array_from_callback(like.shape, like.sharding, part)

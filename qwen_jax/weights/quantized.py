@@ -7,6 +7,7 @@ What a config.json says of them is believed no further than it can be seen in th
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping
 
@@ -59,7 +60,8 @@ class QuantizedTensors:
     def of(self, name: str) -> Quantization:
         """How a weight is stored."""
         assert self._quantization is not None  # or there would be no names
-        return self._quantization.of(name)
+        scales = self._files.tensors.get(self._part(name, "scales"))
+        return dataclasses.replace(self._quantization.of(name), scales=str(scales.dtype) if scales else "none")
 
     def shapes(self, known: Collection[str]) -> dict[str, tuple[int, ...]]:
         """The shapes [outputs, inputs] of all tensors of the folder if none were quantised.
@@ -100,9 +102,6 @@ class QuantizedTensors:
     def scales(self, name: str, groups: slice, outputs: slice) -> np.ndarray:
         """[groups, outputs] float16, or as they are stored."""
         return self._files.read(self._part(name, "scales"), (groups, outputs))
-
-    def scales_dtype(self, name: str) -> np.dtype:
-        return self._files.tensors[self._part(name, "scales")].dtype
 
     def zeros(self, name: str, groups: slice, outputs: slice) -> np.ndarray:
         """[groups, outputs] int8: how far each zero is from the middle of the range."""
