@@ -1,4 +1,4 @@
-"""From text to batches: the schema (config), documents (sources), tokens (corpus, shards), batches (rows).
+"""From text to batches: the schema (config), documents (sources), tokens (prepared, shards), batches (rows).
 
 The schema is here at once; the rest is imported at first use, because a config is read without numpy or grain.
 """
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from train.data.config import Data, PythonStdlib, Text, TokenizerFile, TrainBPE
 
 if TYPE_CHECKING:
-    from train.data.corpus import Corpus, prepare
+    from train.data.prepared import Corpus, prepare
     from train.data.entropy import ngram_entropy
     from train.data.rows import Rows
     from train.data.shards import TokenShards
 
 _HOME = {
-    "Corpus": "train.data.corpus",
-    "prepare": "train.data.corpus",
+    "Corpus": "train.data.prepared",
+    "prepare": "train.data.prepared",
     "ngram_entropy": "train.data.entropy",
     "Rows": "train.data.rows",
     "TokenShards": "train.data.shards",

@@ -14,7 +14,7 @@ import pytest
 
 from qwen_jax.errors import DataError, FileError, ModelError
 from qwen_jax.text import Tokenizer
-from train.data import Data, Text, TokenizerFile, TrainBPE, corpus, prepare, sources, tokenise
+from train.data import Data, Text, TokenizerFile, TrainBPE, prepare, prepared, sources, tokenise
 from train.data.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest
 
 NUM_DOCUMENTS = 60
@@ -271,7 +271,7 @@ def test_wide_ids_for_large_vocabularies(config, make, monkeypatch, tmp_path):
 
 
 def test_other_processes_wait_for_the_writer(config, make, monkeypatch):
-    monkeypatch.setattr(corpus, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(prepared, "POLL_SECONDS", 0.01)
     made = []
     waiting = threading.Thread(target=lambda: made.append(make(config, is_writer=False)[0]))
     waiting.start()
@@ -283,8 +283,8 @@ def test_other_processes_wait_for_the_writer(config, make, monkeypatch):
 
 
 def test_other_processes_do_not_wait_for_ever(config, make, monkeypatch):
-    monkeypatch.setattr(corpus, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(corpus, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(prepared, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(prepared, "WAIT_SECONDS", 0.05)
     with pytest.raises(FileError, match="did not appear"):
         make(config, is_writer=False)
 
