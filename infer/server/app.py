@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from infer.server import errors, page
@@ -28,6 +28,14 @@ from qwen_jax.weights import strict_json
 
 # Prompts that are rendered and encoded at once; the engine's thread wants a core, too.
 _PREPARERS = 2
+# For the description of the API.
+_REFUSED: dict[int | str, dict[str, Any]] = {
+    status: {"description": "refused", "content": {"application/json": {"schema": errors.SCHEMA}}}
+    for status in ("4XX", "5XX")
+}
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"description": "whole, or streamed", "content": {"text/event-stream": {}}}
+}
 T = TypeVar("T")
 
 
@@ -39,7 +47,7 @@ def make_app(service: Service, served: Served, settings: Settings) -> Guard:
       served: the model.
       settings: what is let in.
     """
-    app = FastAPI(title="Qwen in JAX", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="Qwen in JAX", docs_url=None, redoc_url=None, redirect_slashes=False, responses=_REFUSED)
     app.router.route_class = _StrictRoute
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_body)
@@ -65,11 +73,11 @@ def _add_model_routes(app: FastAPI, service: Service, served: Served) -> None:
         served.check_name(name)
         return json_response(model)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=_STREAM)
     async def chat(body: ChatBody, request: Request) -> Response:
         return await answerer.answer(request, body, CHAT, prepare_chat)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=_STREAM)
     async def completions(body: CompletionBody, request: Request) -> Response:
         return await answerer.answer(request, body, COMPLETION, prepare_completion)
 
@@ -81,7 +89,7 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
             raise ApiError(503, "the server is about to end", retry_after=5)
         return json_response({"status": "ok"})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

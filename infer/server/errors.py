@@ -16,6 +16,19 @@ from qwen_jax.errors import UserError
 MAX_HEAD = 16 * 2**10
 LARGE_HEAD = f"the line and the headers of the request are larger than {MAX_HEAD} bytes"
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_TEXT = {"type": ["string", "null"]}
+# The form of an error, for the description of the API.
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {"message": {"type": "string"}, "type": {"type": "string"}, "param": _TEXT, "code": _TEXT},
+            "required": ["message", "type", "param", "code"],
+        }
+    },
+    "required": ["error"],
+}
 # What is left of a message that quotes a client at length.
 _MAX_MESSAGE = 1000
 

@@ -26,6 +26,13 @@ _REFUSED = {
 # Their only honoured values.
 _HARMLESS = {"modalities": ["text"], "add_generation_prompt": True}
 
+# What a message mostly is, for the description of the API; `qwen_jax.text.messages` says what it may be.
+_MESSAGE = {
+    "type": "object",
+    "properties": {"role": {"enum": ["system", "user", "assistant", "tool"]}, "content": {"type": "string"}},
+    "required": ["role", "content"],
+}
+
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0)]
 
@@ -91,7 +98,7 @@ class Body(BaseModel):
 class ChatBody(Body):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, json_schema_extra={"items": _MESSAGE})]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

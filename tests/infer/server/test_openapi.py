@@ -44,3 +44,23 @@ def test_no_field_breaks_the_server(scripted, path, body):
         check()
     del scripted.engine.max_length
     assert scripted.service.error is None
+
+
+def test_what_the_description_allows_is_answered_as_it_says(scripted):
+    """Schemathesis: requests from the description of the API itself, and responses checked against it."""
+    schemathesis = pytest.importorskip("schemathesis")
+    import schemathesis.checks as known
+
+    checks = [known.not_a_server_error, known.status_code_conformance, known.content_type_conformance]
+    checks.append(known.response_schema_conformance)
+    with scripted.http as http:
+        api = schemathesis.openapi.from_dict(http.get("/openapi.json").json())
+        for operation in (found.ok() for found in api.get_all_operations()):
+
+            @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+            @given(operation.as_strategy())
+            def check(case):
+                case.call_and_validate(base_url=scripted.url, checks=checks)
+
+            check()
+    assert scripted.service.error is None
