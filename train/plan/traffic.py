@@ -1,7 +1,8 @@
 """What a program compiled for TPU moves to and from HBM, read from its text.
 
 The compiler notes where every array lives, so that each instruction tells what it reads and writes there. The bytes
-that it counts itself have more: what never leaves VMEM, and all of a table of which a few rows are looked up.
+that it counts itself have more: what never leaves VMEM, and of a row that is looked up or written the seven beside it.
+Fusions are taken to read an operand once, as theirs are taken by the compiler, too.
 """
 
 from __future__ import annotations
@@ -50,34 +51,32 @@ class _Reader:
         kernel = x.operation == "custom-call" and ("tpu_custom_call" in x.rest or "ConcatBitcast" in x.rest)
         if x.operation in _FREE or x.operation.endswith("-done") or kernel:
             return 0
-        if x.operation == "fusion":
-            return self._fused(x)
         if x.operation == "slice-start":  # (what is cut, the part, a semaphore)
             part = _arrays(x.type)[1]
             return part.bytes * (1 + part.in_hbm)
         if x.operation.endswith("-start"):  # (result, operand, …)
             return _in_hbm(x.type)
-        if x.operation in _PARTS:
-            return _in_hbm(x.type) + (_size(x.type) if _in_hbm(self._types[x.operands[0]]) else 0)
-        return _in_hbm(x.type) + sum(_in_hbm(self._types.get(name, "")) for name in x.operands)
+        return self._computed(x)
 
-    def _fused(self, x: Instruction) -> float:
-        """Of a fusion, which may read parts of its operands, or write in one of them."""
-        inside = self._computations[x.attribute(r"calls=%([\w.\-]+)")]
-        types = {each.name: each.type for each in inside}
-        parameters = {int(each.rest.split(")")[0]): each.name for each in inside if each.operation == "parameter"}
+    def _computed(self, x: Instruction) -> float:
+        """Of an instruction or a fusion, which may read parts of its operands, or write in one of them."""
+        inside, names, types = [x], x.operands, self._types
+        if x.operation == "fusion":
+            inside = self._computations[x.attribute(r"calls=%([\w.\-]+)")]
+            numbers = {int(each.rest.split(")")[0]): each.name for each in inside if each.operation == "parameter"}
+            names, types = [numbers[i] for i in range(len(names))], {each.name: each.type for each in inside}
         moved, in_place = 0.0, 0.0
-        for number, name in enumerate(x.operands):
-            whole = _in_hbm(self._types[name])
-            uses = _uses(inside, parameters[number]) if whole else []
-            if uses and all(use.operation in _PARTS and first for use, first in uses):
-                moved += sum(_size(use.type) for use, _ in uses)
-            elif uses and all(use.operation in _UPDATES and first for use, first in uses):
-                updates = [use.operands[_UPDATES[use.operation]] for use, _ in uses]
-                moved += 2 * sum(_size(types[update]) for update in updates)
-                in_place += whole
-            else:
-                moved += whole
+        for operand, name in zip(x.operands, names, strict=True):
+            whole = _in_hbm(self._types[operand])
+            read = written = 0.0
+            for use, first in _uses(inside, name) if whole else []:
+                kind = use.operation if first else ""
+                if kind in _UPDATES:  # of parts of tiles, which are read, too
+                    written += _size(types[use.operands[_UPDATES[kind]]])
+                else:
+                    read += _size(use.type) if kind in _PARTS else whole
+            moved += min(read + written, whole) + written
+            in_place += whole if written else 0
         return moved + max(0, _in_hbm(x.type) - in_place)
 
 
