@@ -133,14 +133,29 @@ def _write(pages, k, v, rows, scales):
         return pages.at[page, heads, slot].set(update.astype(pages.dtype), mode="drop"), None
     (k, key_scale), (v, value_scale) = quantize(k), quantize(v)
     update = jnp.concatenate([k, v], axis=-1).astype(jnp.int32) & 255
-    # Rows of slots, [P K 2, S], are no other bytes where S = 128. With four axes XLA on TPU may turn these around too.
-    kind = (page * pages.shape[1] + heads)[..., None] * 2 + jnp.arange(2)
-    steps = jnp.stack([key_scale, value_scale], axis=-1)
-    scales = scales.reshape(-1, size).at[kind, slot[..., None]].set(steps, mode="drop").reshape(scales.shape)
+    scales = _write_scales(scales, jnp.stack([key_scale, value_scale], axis=-1), rows)
     # Up to four tokens share a word. Each adds what changes its own byte, so their sum is right in any order.
     word, shift = (page, heads, slot // 4), (slot % 4 * 8)[..., None]
     change = (update - (pages[word] >> shift & 255)) << shift
     return pages.at[word].add(change, mode="drop"), scales
+
+
+def _write_scales(scales, steps, rows):
+    """Scales with those of the new tokens, [T, J, 2]: all slots of a page at once, the old ones as they were.
+
+    XLA on TPU would copy all scales into VMEM and back to write single numbers.
+    """
+    heads, size, width = scales.shape[1], scales.shape[3], rows.width
+    position = rows.positions.reshape(-1, width, 1, 1)
+    # Pages that the new tokens of a row may be in, counted from its first.
+    number = jnp.maximum(position[:, 0, 0], 0) // size + jnp.arange(-(-(width - 1) // size) + 1)
+    own = position == number[:, None, :, None] * size + jnp.arange(size)
+    page = jnp.where(own.any((1, 3)), jnp.take_along_axis(rows.table, number, axis=1, mode="clip"), len(scales))
+    # Rows of slots, [P K 2, S], are no other bytes where S = 128. With four axes XLA on TPU may turn them around.
+    kind = (page[..., None] * heads + jnp.arange(heads))[..., None] * 2 + jnp.arange(2)
+    flat, own = scales.reshape(-1, size), own[:, :, :, None, None]
+    new = jnp.where(own, steps.reshape(-1, width, 1, heads, 2, 1), 0).sum(1)
+    return flat.at[kind].set(jnp.where(own.any(1), new, flat[kind]), mode="drop").reshape(scales.shape)
 
 
 def quantize(x: Float[Array, "*n H"]) -> tuple[Int[Array, "*n H"], Float[Array, "*n"]]:
