@@ -24,7 +24,7 @@ def contract(pattern: str, x: Float[Array, "..."], w: Float[Array, "..."] | Quan
 
     The letters of w are the outputs, then the inputs, which end x; the result has x's rows, then the outputs.
     w is cast to x's dtype and gathered along fsdp; the result has x's dtype and the sharding of its letters.
-    A quantised w is whole along fsdp, and has no gradient.
+    A quantised w is whole along fsdp, and has no gradient: x alone does.
     """
     xs, ws, out = letters(pattern)
     inputs = "".join(letter for letter in ws if letter in xs)

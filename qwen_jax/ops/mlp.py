@@ -27,6 +27,7 @@ Weight = Any  # an array, or Quantized, of which there is no gradient
 Matrices = tuple[Weight, Weight, Weight]
 Splits = tuple[Any, ...]  # a PartitionSpec of each, or Quantized with one in the place of each array
 Letters = tuple[str, str, str]
+Sums = tuple[Array | None, ...]  # gradients in float32, None for a quantised matrix
 
 
 def in_pieces(x: Float[Array, "B T D"]) -> bool:
@@ -40,9 +41,11 @@ def mlp(
     up: Float[Array, "F D"] | Quantized,
     down: Float[Array, "D F"] | Quantized,
 ) -> Float[Array, "B T D"]:
-    """`down(silu(gate(x)) * up(x))` in x's dtype; the matrices are parameters as stored, cast to it or quantised."""
+    """`down(silu(gate(x)) * up(x))` in x's dtype; the matrices are parameters as stored, cast to it or quantised.
+
+    There is no gradient of quantised ones.
+    """
     matrices = cast(_LETTERS, (gate, up, down), x.dtype)
-    x = quantized.only_forward(x, matrices)
     return _mlp(jax.sharding.reshard(x, sharding.activation("btd", x.shape)), matrices)
 
 
@@ -69,29 +72,25 @@ def _forward(x, matrices):
 
 def _backward(saved, dy):
     def local(x, matrices, dy):
-        gathered = whole(matrices, splits)
-        gate, up, down = gathered
+        matrices = gate, up, down = whole(matrices, splits)
 
         def piece(sums, tokens):
             x, dy = tokens
-            pre = dot(x, gate, 1, 1).astype(x.dtype), dot(x, up, 1, 1).astype(x.dtype)
+            pre = outputs(x, gate).astype(x.dtype), outputs(x, up).astype(x.dtype)
             hidden, pull = jax.vjp(_gated, *pre)
-            by_gate, by_up = pull(dot(dy, down, 1, 0).astype(x.dtype))
-            gradients = dot(by_gate, x, 0, 0), dot(by_up, x, 0, 0), dot(dy, hidden, 0, 0)
-            dx = jax.lax.psum(dot(by_gate, gate, 1, 0) + dot(by_up, up, 1, 0), "tensor")
-            return jax.tree.map(jnp.add, sums, gradients), dx.astype(x.dtype)
+            by_gate, by_up = pull(back(dy, down).astype(x.dtype))
+            sums = added(sums, (by_gate, by_up, dy), (x, x, hidden))
+            dx = jax.lax.psum(back(by_gate, gate) + back(by_up, up), "tensor")
+            return sums, dx.astype(x.dtype)
 
-        zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in gathered)
-        gradients, dx = jax.lax.scan(piece, zeros, (_pieces(x), _pieces(dy)))
-        gradients = tuple(
-            sharding.reduce_scatter(d.astype(w.dtype), axis=sharding.fsdp_dimension(split))
-            for d, w, split in zip(gradients, gathered, splits, strict=True)
-        )
-        return _joined(dx, like=x), gradients
+        sums, dx = jax.lax.scan(piece, no_sums(matrices), (_pieces(x), _pieces(dy)))
+        scatter = lambda d, split: sharding.reduce_scatter(d.astype(x.dtype), axis=sharding.fsdp_dimension(split))
+        return _joined(dx, like=x), jax.tree.map(scatter, sums, of_gradients(splits))
 
     x, matrices = saved
     rows, splits = sharding.activation("btd", x.shape), splits_of(_LETTERS, matrices)
-    mapped = jax.shard_map(local, in_specs=(rows, splits, rows), out_specs=(rows, splits), check_vma=False)
+    outs = rows, of_gradients(splits)
+    mapped = jax.shard_map(local, in_specs=(rows, splits, rows), out_specs=outs, check_vma=False)
     return mapped(x, matrices, jax.sharding.reshard(dy, rows))
 
 
@@ -127,6 +126,24 @@ def whole(matrices: Matrices, splits: Splits) -> Matrices:
     return gate, up, down
 
 
+def of_gradients(splits: Splits) -> tuple[Any, ...]:
+    """How gradients are split; None for those of quantised matrices, which there are not."""
+    return tuple(None if isinstance(split, Quantized) else split for split in splits)
+
+
+def no_sums(matrices: Matrices) -> Sums:
+    """Inside shard_map: gradients of whole matrices, before any is added."""
+    return tuple(None if isinstance(w, Quantized) else jnp.zeros(w.shape, jnp.float32) for w in matrices)
+
+
+def added(sums: Sums, by_outputs: tuple[Array, ...], inputs: tuple[Array, ...]) -> Sums:
+    """Inside shard_map: the same with those that come of some rows, by the outputs of each matrix and its inputs."""
+    return tuple(
+        None if total is None else total + dot(dy, x, 0, 0)
+        for total, dy, x in zip(sums, by_outputs, inputs, strict=True)
+    )
+
+
 def _pieces(x: Float[Array, "B T D"]) -> Float[Array, "pieces tokens D"]:
     """Inside shard_map: the tokens of this device, the last piece filled up with zeros."""
     tokens = x.reshape(-1, x.shape[-1])
@@ -143,6 +160,11 @@ def _joined(pieces: Float[Array, "pieces tokens D"], like: Float[Array, "B T D"]
 def outputs(x: Array, w: Weight) -> Array:
     """Inside shard_map: the product of rows and a matrix over its inputs, in float32."""
     return quantized.dot(x, w) if isinstance(w, Quantized) else dot(x, w, 1, 1)
+
+
+def back(dy: Array, w: Weight) -> Array:
+    """Inside shard_map: the product of rows and a matrix over its outputs, in float32."""
+    return quantized.dot_back(dy, w) if isinstance(w, Quantized) else dot(dy, w, 1, 0)
 
 
 def dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:

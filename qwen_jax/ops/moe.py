@@ -18,8 +18,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qwen_jax import sharding
-from qwen_jax.ops import quantized
-from qwen_jax.ops.mlp import Matrices, cast, dot, outputs, splits_of, whole
+from qwen_jax.ops.mlp import (
+    Matrices,
+    Sums,
+    added,
+    back,
+    cast,
+    no_sums,
+    of_gradients,
+    outputs,
+    splits_of,
+    whole,
+)
 from qwen_jax.ops.quantized import Quantized
 
 # Rows of a block: a multiple of the first, which fills registers, and no more than the second, from which on a block
@@ -62,13 +72,13 @@ def apply_experts(
       x: tokens.
       weights: of each choice of a token.
       experts: the choices, different from each other for one token.
-      gate, up, down: parameters as stored; they are cast to x's dtype and gathered along fsdp, but for quantised ones.
+      gate, up, down: parameters as stored; they are cast to x's dtype and gathered along fsdp, but for quantised ones,
+        of which there is no gradient.
 
     The devices along `expert` have each some of the experts: each is given the tokens of all of them, and returns to
     each its share of the sum.
     """
     matrices = cast(_LETTERS, (gate, up, down), x.dtype)
-    x = quantized.only_forward(x, matrices)
     rows = sharding.activation("btd", x.shape)
     x, weights, experts = (jax.sharding.reshard(each, rows) for each in (x, weights, experts))
     return _apply(x, weights, experts, matrices)
@@ -95,18 +105,16 @@ def _backward(saved, dy):
     def local(x, weights, experts, matrices, dy):
         tokens = _Tokens.of_group(x, weights, experts)
         dy = _gathered(dy.astype(x.dtype))
-        order = _Order.of(tokens, matrices[0].shape[0])
+        order = _Order.of(tokens, len(jax.tree.leaves(matrices)[0]))
         dx, dweights, gradients = _blocks_backward(tokens, dy, whole(matrices, splits), order)
-        gradients = tuple(
-            sharding.reduce_scatter(d, axis=sharding.fsdp_dimension(split), over=_OTHERS)
-            for d, split in zip(gradients, splits, strict=True)
-        )
+        scatter = lambda d, split: sharding.reduce_scatter(d, axis=sharding.fsdp_dimension(split), over=_OTHERS)
+        gradients = jax.tree.map(scatter, gradients, of_gradients(splits))
         return _returned(dx, like=x), _returned(dweights, like=weights), gradients
 
     x, weights, experts, matrices = saved
     rows, splits = sharding.activation("btd", x.shape), splits_of(_LETTERS, matrices)
     specs = (rows, rows, rows, splits, rows)
-    mapped = jax.shard_map(local, in_specs=specs, out_specs=(rows, rows, splits), check_vma=False)
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=(rows, rows, of_gradients(splits)), check_vma=False)
     dx, dweights, gradients = mapped(x, weights, experts, matrices, jax.sharding.reshard(dy, rows))
     return dx, dweights, None, gradients
 
@@ -220,35 +228,30 @@ def _blocks_forward(tokens: _Tokens, matrices: Matrices, order: _Order) -> Array
     return jax.lax.fori_loop(0, ends[-1], add_block, jnp.zeros(tokens.x.shape, jnp.float32))
 
 
-def _blocks_backward(tokens: _Tokens, dy: Array, matrices: Matrices, order: _Order) -> tuple[Array, Array, Matrices]:
-    """For the gradient dy [M, D] of the sum those by x and by weights, in float32, and by matrices, in their dtype."""
+def _blocks_backward(tokens: _Tokens, dy: Array, matrices: Matrices, order: _Order) -> tuple[Array, Array, Sums]:
+    """For the gradient dy [M, D] of the sum those by x and by weights, in float32, and by matrices, in x's dtype."""
 
     def add_expert(sums, expert):
         index, (gate, up, down) = expert
 
         def add_block(i, sums):
-            dx, dweights, dgate, dup, ddown = sums
+            dx, dweights, gradients = sums
             block = order.block(index, i, tokens)
             x, dy_rows = block.rows_of(tokens.x), block.rows_of(dy)
-            pre = dot(x, gate, 1, 1), dot(x, up, 1, 1)
+            pre = outputs(x, gate), outputs(x, up)
             hidden, pull = jax.vjp(_weighted, *pre, block.weights_of(tokens.weights))
-            by_gate, by_up, by_weights = pull(dot(dy_rows, down, 1, 0))
+            by_gate, by_up, by_weights = pull(back(dy_rows, down))
             by_gate, by_up, hidden = (each.astype(x.dtype) for each in (by_gate, by_up, hidden))
-            dx = block.add(dx, dot(by_gate, gate, 1, 0) + dot(by_up, up, 1, 0))
+            dx = block.add(dx, back(by_gate, gate) + back(by_up, up))
             dweights = dweights.at[block.choices].set(by_weights[:, 0], mode="drop", unique_indices=True)
-            return (
-                dx,
-                dweights,
-                dgate + dot(by_gate, x, 0, 0),
-                dup + dot(by_up, x, 0, 0),
-                ddown + dot(dy_rows, hidden, 0, 0),
-            )
+            return dx, dweights, added(gradients, (by_gate, by_up, dy_rows), (x, x, hidden))
 
-        zeros = (jnp.zeros(w.shape, jnp.float32) for w in (gate, up, down))
-        dx, dweights, *gradients = jax.lax.fori_loop(0, order.blocks[index], add_block, (*sums, *zeros))
-        return (dx, dweights), tuple(d.astype(w.dtype) for d, w in zip(gradients, (gate, up, down), strict=True))
+        start = *sums, no_sums((gate, up, down))
+        *sums, gradients = jax.lax.fori_loop(0, order.blocks[index], add_block, start)
+        return tuple(sums), jax.tree.map(lambda d: d.astype(tokens.x.dtype), gradients)
 
     start = jnp.zeros(tokens.x.shape, jnp.float32), jnp.zeros(tokens.weights.size, jnp.float32)
     # The sums of one expert are small enough for a TPU to keep at hand; those of all, in float32, would not be.
-    (dx, dweights), gradients = jax.lax.scan(add_expert, start, (jnp.arange(matrices[0].shape[0]), matrices))
+    experts = jnp.arange(len(order.sizes))
+    (dx, dweights), gradients = jax.lax.scan(add_expert, start, (experts, matrices))
     return dx, dweights.reshape(tokens.weights.shape), gradients

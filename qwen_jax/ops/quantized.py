@@ -1,12 +1,13 @@
 """Weights of four or eight bits, and products with them that never hold a wide copy of one.
 
 A weight is `scale * (q - zero)`; a group of inputs of an output shares scale and zero (GPTQ, arXiv 2210.17323; AWQ,
-arXiv 2306.00978). They are for decoding: nothing here has a gradient.
+arXiv 2306.00978). Weights have no gradient; activations have theirs, by products that hold no wide copy either.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
 
@@ -86,58 +87,81 @@ def split(of_weight: P, outputs: int, w: Quantized) -> Quantized:
 def contract(
     xs: str, outputs: str, inputs: str, x: Float[Array, "..."], w: Quantized, *, dtype: jnp.dtype
 ) -> Float[Array, "..."]:
-    """The product of x, whose letters `xs` end with the inputs, and w, in `dtype`: x's rows, then the outputs."""
-    rows = xs.removesuffix(inputs)
-    shape = x.shape[: len(rows)] + w.shape[: len(outputs)]
+    """The product of x, whose letters `xs` end with the inputs, and w, in `dtype`: x's rows, then the outputs.
+
+    Differentiable in x; there is no gradient of w.
+    """
+    x = jax.sharding.reshard(x, sharding.activation(xs, x.shape))
+    return _contract((xs.removesuffix(inputs), outputs, inputs), dtype, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _contract(letters, dtype, x, w):
+    return _forward(letters, dtype, x, w)[0]
+
+
+def _forward(letters, dtype, x, w):
+    like = jnp.zeros((), x.dtype)  # of x, its type is enough to go back
+    return _on_each_device(letters, dtype, x, w, back=False), (w, like)
+
+
+def _backward(letters, dtype, saved, dy):
+    w, like = saved
+    return _on_each_device(letters, like.dtype, dy.astype(like.dtype), w, back=True), None
+
+
+_contract.defvjp(_forward, _backward)
+
+
+def _on_each_device(letters: tuple[str, str, str], dtype: jnp.dtype, x: Array, w: Quantized, *, back: bool) -> Array:
+    """The product over the inputs, or `back` over the outputs; letters are those of rows, outputs and inputs."""
+    rows, outputs, inputs = letters
+    before, after = (outputs, inputs) if back else (inputs, outputs)
+    sizes = dict(zip(outputs + inputs, w.shape, strict=True))
+    shape = x.shape[: len(rows)] + tuple(sizes[letter] for letter in after)
     of_weight = sharding.gathered(outputs + inputs, w.shape)
-    specs, axis = split(of_weight, len(outputs), w), of_weight[len(outputs)]
+    axis, multiply = (of_weight[0], dot_back) if back else (of_weight[len(outputs)], dot)
 
     def local(x: Array, w: Quantized) -> Array:
-        y = dot(x.reshape(math.prod(x.shape[: len(rows)]), -1), w)
+        y = multiply(x.reshape(math.prod(x.shape[: len(rows)]), -1), w)
         y = jax.lax.psum(y, axis) if axis else y
         return y.astype(dtype).reshape(*x.shape[: len(rows)], -1, *shape[len(rows) + 1 :])
 
-    of_x = sharding.activation(xs, x.shape)
-    mapped = jax.shard_map(
-        local, in_specs=(of_x, specs), out_specs=sharding.activation(rows + outputs, shape), check_vma=False
-    )
-    return mapped(*jax.tree.map(jax.sharding.reshard, (x, w), (of_x, specs)))
+    splits = sharding.activation(rows + before, x.shape), split(of_weight, len(outputs), w)
+    mapped = jax.shard_map(local, in_specs=splits, out_specs=sharding.activation(rows + after, shape), check_vma=False)
+    return mapped(*jax.tree.map(jax.sharding.reshard, (x, w), splits))
 
 
 def dot(x: Float[Array, "M I"], w: Quantized) -> Float[Array, "M O"]:
     """On one device: the product over the inputs, in float32."""
-    x = only_forward(x, w)
     if not w.packed:
         return _fused(x, w)
     return _by_row(x, w) if len(x) <= _FEW_ROWS else _by_block(x, w)
 
 
-def only_forward(x: Array, weights: object) -> Array:
-    """x, of which a gradient is refused (ConfigError) where there is a quantised one among the weights."""
-    found = jax.tree.leaves(weights, is_leaf=lambda w: isinstance(w, Quantized))
-    return _without_gradient(x) if any(isinstance(w, Quantized) for w in found) else x
-
-
-@jax.custom_jvp
-def _without_gradient(x: Array) -> Array:
-    return x
-
-
-@_without_gradient.defjvp
-def _refuse(primals: object, tangents: object) -> tuple[Array, Array]:
-    raise ConfigError(
-        "quantised weights are for decoding, and this takes a gradient: train the model they were made of, "
-        "or convert them with --dtype first"
-    )
+def dot_back(dy: Float[Array, "M O"], w: Quantized) -> Float[Array, "M I"]:
+    """On one device: the product over the outputs, in float32, which takes a gradient back through `dot`."""
+    return _back_by_block(dy, w) if w.packed else _fused_back(dy, w)
 
 
 def _fused(x: Float[Array, "M I"], w: Quantized) -> Float[Array, "M O"]:
     # Over groups and their inputs as two axes: brought to one, the compiler would make the wide weight first.
+    x = x.reshape(len(x), *w.values.shape[:2])
+    return jax.lax.dot_general(x, _wide(w, x.dtype), (((1, 2), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _fused_back(dy: Float[Array, "M O"], w: Quantized) -> Float[Array, "M I"]:
+    wide = _wide(w, dy.dtype)
+    dx = jax.lax.dot_general(dy, wide, (((1,), (2,)), ((), ())), preferred_element_type=jnp.float32)
+    return dx.reshape(len(dy), -1)
+
+
+def _wide(w: Quantized, dtype: jnp.dtype) -> Float[Array, "G n O"]:
+    """The numbers of a weight that is not packed, for a compiler that makes them as it multiplies."""
     values, scales = w.values.astype(jnp.float32), w.scales.astype(jnp.float32)[:, None]
     if w.zeros is not None:
         values = values - w.zeros.astype(jnp.float32)[:, None]
-    wide, x = (values * scales).astype(x.dtype), x.reshape(len(x), *w.values.shape[:2])
-    return jax.lax.dot_general(x, wide, (((1, 2), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+    return (values * scales).astype(dtype)
 
 
 def _by_row(x: Float[Array, "M I"], w: Quantized) -> Float[Array, "M O"]:
@@ -172,23 +196,49 @@ def _by_row(x: Float[Array, "M I"], w: Quantized) -> Float[Array, "M O"]:
 
 def _by_block(x: Float[Array, "M I"], w: Quantized) -> Float[Array, "M O"]:
     """Some outputs at a time, and of their words one number each: what is widened is as long as their words."""
-    (words, outputs), groups, count = w.values.shape, len(w.scales), 32 // w.bits
+    (words, outputs), count = w.values.shape, 32 // w.bits
     size = min(_BLOCK, outputs)
     every = x.reshape(len(x), words, count).transpose(2, 0, 1)  # the inputs whose numbers are n-th in a word
 
     def block(i: Array, y: Array) -> Array:
         start = jnp.minimum(i * size, outputs - size)  # the last may begin in the one before
-        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, start, size, axis=1)
-        values, scales = cut(w.values), cut(w.scales).astype(jnp.float32)[:, None]
-        zeros = 0 if w.zeros is None else cut(w.zeros).astype(jnp.float32)[:, None]
-
-        def add(n: Array, y: Array) -> Array:
-            q = jax.lax.shift_right_logical(values, n * w.bits) & (2**w.bits - 1)
-            q = q.astype(jnp.float32).reshape(groups, -1, size) - 2 ** (w.bits - 1) - zeros
-            wide = (q * scales).astype(x.dtype).reshape(words, size)
-            return y + jnp.dot(every[n], wide, preferred_element_type=jnp.float32)
-
+        cut = _outputs(w, start, size)
+        add = lambda n, y: y + jnp.dot(every[n], _numbers(cut, n, x.dtype), preferred_element_type=jnp.float32)
         of_block = jax.lax.fori_loop(0, count, add, jnp.zeros((len(x), size), jnp.float32))
         return jax.lax.dynamic_update_slice_in_dim(y, of_block, start, axis=1)
 
     return jax.lax.fori_loop(0, -(-outputs // size), block, jnp.zeros((len(x), outputs), jnp.float32))
+
+
+def _back_by_block(dy: Float[Array, "M O"], w: Quantized) -> Float[Array, "M I"]:
+    """Likewise; each block adds to all inputs."""
+    (words, outputs), count = w.values.shape, 32 // w.bits
+    size = min(_BLOCK, outputs)
+
+    def block(i: Array, every: Array) -> Array:
+        start = jnp.minimum(i * size, outputs - size)
+        cut, rows = _outputs(w, start, size), jax.lax.dynamic_slice_in_dim(dy, start, size, axis=1)
+        rows = jnp.where(start + jnp.arange(size) >= i * size, rows, 0)  # but each output once
+
+        def add(n: Array, every: Array) -> Array:
+            of_n = jnp.dot(rows, _numbers(cut, n, dy.dtype).T, preferred_element_type=jnp.float32)
+            return every.at[n].add(of_n)
+
+        return jax.lax.fori_loop(0, count, add, every)
+
+    every = jnp.zeros((count, len(dy), words), jnp.float32)
+    return jax.lax.fori_loop(0, -(-outputs // size), block, every).transpose(1, 2, 0).reshape(len(dy), -1)
+
+
+def _outputs(w: Quantized, start: Array, size: int) -> Quantized:
+    """The part of a packed weight that makes `size` of its outputs."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size, axis=1), w)
+
+
+def _numbers(w: Quantized, n: Array, dtype: jnp.dtype) -> Float[Array, "words O"]:
+    """Of each word of a packed weight the n-th number, as what it stands for."""
+    q = jax.lax.shift_right_logical(w.values, n * w.bits) & (2**w.bits - 1)
+    q = q.astype(jnp.float32).reshape(len(w.scales), -1, q.shape[1]) - 2 ** (w.bits - 1)
+    if w.zeros is not None:
+        q = q - w.zeros.astype(jnp.float32)[:, None]
+    return (q * w.scales.astype(jnp.float32)[:, None]).astype(dtype).reshape(w.values.shape)

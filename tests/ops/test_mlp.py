@@ -11,6 +11,7 @@ from qwen_jax import sharding
 from qwen_jax.config import ModelConfig, Rope
 from qwen_jax.model.mlp import MLP
 from qwen_jax.ops import mlp
+from tests.ops.quantized import random
 
 WIDTH, INNER = 16, 48
 CONFIG = ModelConfig(
@@ -61,6 +62,17 @@ def test_pieces_add_up_to_the_whole_on_every_mesh(monkeypatch, length):
         found = values(2, length, mesh=mesh)
         for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * np.abs(want).max())
+
+
+def test_quantised_matrices_pass_gradients_on(monkeypatch, mesh):
+    monkeypatch.setattr(mlp, "PIECE", 16)
+    rng = np.random.default_rng(0)
+    shapes = (INNER, WIDTH), (INNER, WIDTH), (WIDTH, INNER)
+    quantised, wide = zip(*(random(rng, shape, 1, bits=4, group=8, zeros=True) for shape in shapes), strict=True)
+    x = jnp.asarray(rng.normal(size=(2, 20, WIDTH)), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda x, matrices: jnp.sum(jnp.sin(mlp.mlp(x, *matrices)))))
+    want = gradient(x, wide)
+    np.testing.assert_allclose(gradient(x, quantised), want, atol=1e-5 * np.abs(want).max())
 
 
 def memory(length: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from qwen_jax import sharding
 from qwen_jax.ops import router
 from qwen_jax.ops.moe import apply_experts, dense
 from qwen_jax.ops.router import Load, balance_loss, max_load, route, z_loss
+from tests.ops.quantized import random
 from tests.published import assert_close
 
 EXPERTS, TOP_K, WIDTH, INNER = 8, 3, 8, 12
@@ -64,6 +67,24 @@ def test_blocks_of_every_filling(mesh):
     experts = np.where(np.arange(17)[None, :, None] < 16, [[[0, 1, 2]]], [[[3, 1, 0]]]).astype(np.int32)
     got, want = fast(x, weights, matrices, experts), slow(x, weights, matrices, experts)
     assert_close(got, want)
+
+
+def test_quantised_experts_pass_gradients_on(mesh):
+    """Those of tokens and of their weights, beside one matrix that has its own."""
+    rng, (x, weights, (gate, up, down)) = np.random.default_rng(0), inputs()
+    quantised = [random(rng, w.shape[1:], 1, bits=8, group=w.shape[2]) for w in (gate, down) for _ in range(EXPERTS)]
+    gates, downs = quantised[:EXPERTS], quantised[EXPERTS:]
+    stack = lambda parts: jax.tree.map(lambda *each: jnp.stack(each), *(w for w, _ in parts))
+    wide = lambda parts: np.stack([w for _, w in parts])
+
+    def loss(own, function, gate, down):
+        x, weights, up = own
+        return (jnp.sin(function(x, weights, jnp.asarray(choices("any", 8, 6)), gate, up, down)) ** 3).sum()
+
+    of = jax.jit(jax.grad(loss), static_argnums=1)
+    whole = [dataclasses.replace(w, shape=(EXPERTS, *w.shape)) for w in (stack(gates), stack(downs))]
+    got = of((x, weights, up), apply_experts, *whole)
+    assert_close(got, of((x, weights, up), dense, wide(gates), wide(downs)))
 
 
 @pytest.mark.parametrize("sizes", [dict(expert=4), dict(expert=2, tensor=2, context=2), dict(fsdp=2, expert=2, data=2)])

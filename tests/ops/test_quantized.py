@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,25 @@ from tests.ops.quantized import random
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def both(pattern: str, x: jax.Array, w: Quantized, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The product, and what it takes dy back to."""
+    y, pull = jax.vjp(lambda x: contract(pattern, x, w), x)
+    return y, pull(jax.sharding.reshard(dy, jax.typeof(y).sharding.spec))[0]
+
+
 def check(pattern: str, x: jax.Array, w: Quantized, wide: np.ndarray) -> None:
-    xs, out = pattern.split(",")[0], pattern.split("->")[1]
-    got = jax.jit(lambda x, w: contract(pattern, x, w))(jax.sharding.reshard(x, sharding.activation(xs, x.shape)), w)
+    """The product with w and the gradient of its activations, against einsum of what w stands for."""
+    xs, ws, out = pattern.replace("->", ",").split(",")
     want = np.einsum(pattern, np.asarray(x, np.float64), wide.astype(np.float64))
-    assert got.dtype == x.dtype and got.shape == want.shape
-    assert got.sharding.spec == sharding.activation(out, want.shape)
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=TOLERANCE[str(x.dtype)] * np.abs(want).max())
+    dy = jnp.asarray(np.random.default_rng(1).standard_normal(want.shape), x.dtype)
+    back = np.einsum(f"{out},{ws}->{xs}", np.asarray(dy, np.float64), wide.astype(np.float64))
+    got = both(pattern, jax.sharding.reshard(x, sharding.activation(xs, x.shape)), w, dy)
+    for found, wanted, letters in zip(got, (want, back), (out, xs), strict=True):
+        assert found.dtype == x.dtype and found.shape == wanted.shape
+        assert found.sharding.spec == sharding.activation(letters, wanted.shape)
+        atol = TOLERANCE[str(x.dtype)] * np.abs(wanted).max()
+        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, atol=atol)
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (2, 2), (2, 40)], ids=["one", "few", "many"])
@@ -63,19 +76,13 @@ def test_a_group_is_not_split():
             contract("btf,df->btd", jnp.ones((1, 1, 64)), w)
 
 
-def test_a_gradient_is_refused(mesh):
-    w, _ = random(np.random.default_rng(0), (24, 64), 1, bits=4, group=32)
-    with pytest.raises(ConfigError, match="for decoding"):
-        jax.grad(lambda x: contract("btd,fd->btf", x, w).sum())(jnp.ones((1, 1, 64)))
-
-
 @pytest.mark.parametrize("rows", [2, 64])
 def test_no_wide_copy_is_made(mesh, rows):
-    """What a product takes beside its operands is far below the weight as float32."""
+    """What a product and its way back take beside their operands is far below the weight as float32."""
     w, wide = random(np.random.default_rng(0), (1024, 1024), 1, bits=4, group=128)
     x = jnp.ones((1, rows, 1024))
-    memory = jax.jit(lambda x, w: contract("btd,fd->btf", x, w)).lower(x, w).compile().memory_analysis()
-    assert memory.argument_size_in_bytes - x.nbytes < wide.nbytes * (0.125 + 2 / 512 + 0.001)
+    memory = both.lower("btd,fd->btf", x, w, x).compile().memory_analysis()
+    assert memory.argument_size_in_bytes - 2 * x.nbytes < wide.nbytes * (0.125 + 2 / 512 + 0.001)
     assert memory.temp_size_in_bytes < wide.nbytes / 4
 
 

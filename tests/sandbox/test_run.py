@@ -110,7 +110,15 @@ def test_daemons_end_with_the_program(traces):
 
 def test_files_of_the_machine_are_invisible(tmp_path):
     (tmp_path / "checkpoint").write_text("weights")
-    paths = [str(tmp_path / "checkpoint"), str(ROOT / "setup.cfg"), __file__, "/proc/1/environ", "/proc/self/mem", "/sys", "/var"]
+    paths = [
+        str(tmp_path / "checkpoint"),
+        str(ROOT / "setup.cfg"),
+        __file__,
+        "/proc/1/environ",
+        "/proc/self/mem",
+        "/sys",
+        "/var",
+    ]
     paths += ["/etc/passwd", "/etc/shadow", "/etc/hosts", "/bin/sh", "/usr/bin/env", "/run", "/boot", "/dev/tty"]
     shown = view.view(warden=False)
     for path in (*Path.home().iterdir(), Path.home() / ".cache/huggingface/token"):
