@@ -69,6 +69,11 @@ class JinjaFormat:
         """Whether assistants think, between <think> tags."""
         return "</think>" in self.source
 
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the template says what the assistant writes."""
+        return bool(_GENERATION.search(self.source))
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -111,7 +116,7 @@ class JinjaFormat:
         return self._pieces(text, [ord(character) not in marks.values() for character in marked], spans)
 
     def _pieces(self, text: str, trusted: list[bool], spans: list[list[int]]) -> list[Piece]:
-        trained: list[bool | None] = [False if _GENERATION.search(self.source) else None] * len(text)
+        trained: list[bool | None] = [False if self.marks_answers else None] * len(text)
         for start, end in spans:
             trained[start:end] = [True] * len(text[start:end])
         pieces = []

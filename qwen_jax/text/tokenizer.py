@@ -235,21 +235,24 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], *, vocab_size: int, extra_tokens: Sequence[str] = ()) -> Tokenizer:
     """A byte-level BPE of exactly `vocab_size` tokens: 256 bytes, merges learnt from `texts`, special tokens last.
 
-    The result depends on the texts alone. Too few of them for that many merges is a DataError.
+    The result depends on the texts alone. Too few of them for that many merges is a DataError. After the special tokens
+    come `extra_tokens`: control tokens that `decode` shows, as Qwen2.5 has them for tools and code.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ConfigError(f"vocab_size={vocab_size} must be at least {MIN_VOCAB_SIZE}: 256 bytes and special tokens")
+    least = MIN_VOCAB_SIZE + len(extra_tokens)
+    if vocab_size < least:
+        raise ConfigError(f"vocab_size={vocab_size} must be at least {least}: 256 bytes and special tokens")
     tokenizer = _library_tokenizer(json.dumps(FAMILY))
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(extra_tokens),
         initial_alphabet=sorted(BYTE_OF),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in extra_tokens])
     reached = tokenizer.get_vocab_size()
     if reached < vocab_size:
         raise DataError(

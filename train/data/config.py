@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from pathlib import PurePath
+from typing import Literal
 
 from qwen_jax.errors import ConfigError
+
+# Those of text.chat, which is not imported for a name.
+ChatFormat = Literal[
+    "qwen1", "qwen1.5", "qwen2", "qwen2.5", "qwen2.5-math", "qwen3", "qwen3-nonthinking", "qwen3-instruct-2507"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,12 +32,9 @@ class Text:
     field: str = "text"
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise ConfigError('path="" names no text; give a file, a directory or a glob')
+        _check_path(self.path, self.pattern)
         if not self.field:
             raise ConfigError('field="" names no key of a JSON line; the usual one is "text"')
-        if PurePath(self.pattern).is_absolute() or ".." in PurePath(self.pattern).parts:
-            raise ConfigError(f'pattern="{self.pattern}" must stay inside path, like "**/*.py"')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,18 +43,97 @@ class PythonStdlib:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversations:
+    """Conversations, of which the assistant's words are trained.
+
+    Attributes:
+      path: as in Text; the files hold JSON lines, or one JSON array. Rows are `messages` (and `tools`), ShareGPT's
+        `conversations`, Alpaca's `instruction` and `output`, or `prompt` and `completion`: see docs/data.md.
+      pattern: as in Text.
+      columns: names that the files have for those keys, as in {"instruction": "question", "output": "answer"}.
+      format: the chat format; None for that of the model the run begins with.
+      system: the system text of conversations that have none; None for what the format writes then.
+      learn: which words are trained: all answers, the last one, or with "qwen1" what finetune.py of QwenLM/Qwen trains,
+        which is all answers, and beside them the tokens that open and close every message.
+      too_long: what becomes of a conversation that is longer than a row: its beginning is kept, or nothing.
+    """
+
+    path: str
+    pattern: str = ""
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    format: ChatFormat | None = None
+    system: str | None = None
+    learn: Literal["answers", "last_answer", "qwen1"] = "answers"
+    too_long: Literal["truncate", "drop"] = "truncate"
+
+    def __post_init__(self) -> None:
+        _check_path(self.path, self.pattern)
+        if "" in (*self.columns, *self.columns.values()):
+            raise ConfigError(f"columns={self.columns} has an empty name; leave it out")
+
+
+Source = Text | PythonStdlib | Conversations
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A source of a mixture.
+
+    Attributes:
+      name: of its folder of tokens and in reports.
+      source: where its documents come from.
+      weight: its share of the rows, and so of the tokens, beside the weights of the others. 0 for a part that only a
+        later stage reads.
+      tokens: its folder of token shards, as in Data.
+    """
+
+    name: str
+    source: Source
+    weight: float
+    tokens: str = ""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]{0,63}", self.name, re.ASCII):
+            raise ConfigError(f'name="{self.name}" must be letters, digits, "_", "-" and ".": it names a folder')
+        if not 0 <= self.weight < math.inf:
+            raise ConfigError(f"weight={self.weight} must be a number, 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Several sources, each read in an order of its own, as often as its weight says."""
+
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        names = [part.name for part in self.parts]
+        if len(set(names)) < len(names) or not names:
+            raise ConfigError(f"parts are {names or 'none'}; a mixture has parts, each with a name of its own")
+        if not any(part.weight for part in self.parts):
+            raise ConfigError("parts have weights of 0 alone; give one a weight")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainBPE:
     """A byte-level BPE trained on the training split.
 
     Attributes:
-      vocab_size: its tokens: 256 bytes, the merges, 3 special tokens.
+      vocab_size: its tokens: 256 bytes, the merges, 3 special tokens (<|endoftext|>, and <|im_start|> and <|im_end|> for
+        chats), `extra_tokens`.
+      extra_tokens: more control tokens, such as "<tool_call>", "<think>" or "<|fim_prefix|>".
     """
 
     vocab_size: int
+    extra_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.vocab_size < 256 + 3:
-            raise ConfigError(f"vocab_size={self.vocab_size} must be at least 259: 256 bytes and 3 special tokens")
+        if len({"", *self.extra_tokens}) <= len(self.extra_tokens):
+            raise ConfigError(f"extra_tokens={self.extra_tokens} must be different, and none of them empty")
+        extra = f" and {len(self.extra_tokens)} extra tokens" if self.extra_tokens else ""
+        if self.vocab_size < (least := 256 + 3 + len(self.extra_tokens)):
+            raise ConfigError(
+                f"vocab_size={self.vocab_size} must be at least {least}: 256 bytes, 3 special tokens{extra}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,18 +162,22 @@ class Data:
       full_length: fraction of the rows that are `sequence_length` tokens of the text as they follow each other. Each
         other row is cut, as if documents ended there, into pieces of one of `shorter_lengths`, drawn for it.
       shorter_lengths: those lengths.
+      packing: "windows" are rows of the text as its documents follow each other; "best_fit" puts whole documents into
+        rows, nearly without padding, and cuts those that are longer than a row. "auto" takes windows for text and
+        best_fit for conversations, which cannot have windows.
       held_out: fraction of the documents kept for evaluation. The content of a document decides its side, so
         copies never fall on both. 0 for none.
       tokens: folder of token shards, used as it is where one exists, made there otherwise; empty for one
-        inside the run directory, which is checked against the source at each start.
+        inside the run directory, which is checked against the source at each start. A mixture has one for each part.
       max_bad_fraction: fraction of the documents that may be unreadable; they are skipped and counted.
     """
 
-    source: Text | PythonStdlib
+    source: Source | Mixture
     tokenizer: TrainBPE | TokenizerFile
     sequence_length: int
     full_length: float = 1.0
     shorter_lengths: tuple[int, ...] = ()
+    packing: Literal["auto", "windows", "best_fit"] = "auto"
     held_out: float = 0.02
     tokens: str = ""
     max_bad_fraction: float = 0.0
@@ -111,3 +199,33 @@ class Data:
             raise ConfigError(f"held_out={self.held_out} must be a fraction of the documents: 0 or more and below 1")
         if not 0 <= self.max_bad_fraction < 1:
             raise ConfigError(f"max_bad_fraction={self.max_bad_fraction} must be a fraction: 0 or more and below 1")
+        self._check_packing()
+
+    def _check_packing(self) -> None:
+        chats = [part for part in self.parts if isinstance(part.source, Conversations)]
+        if chats and self.packing == "windows":
+            raise ConfigError('packing="windows" would cut conversations anywhere; leave it out, or say "best_fit"')
+        if self.full_length < 1 and any(self.packing_of(part) == "best_fit" for part in self.parts):
+            raise ConfigError(f"full_length={self.full_length} cuts windows of text, and best_fit has none; leave it out")
+        if self.tokens and isinstance(self.source, Mixture):
+            raise ConfigError(f'tokens="{self.tokens}" is one folder; in a mixture name those of the parts: source.parts.1.tokens')
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The sources: one alone has no weight to speak of, and its folder of tokens no name."""
+        if isinstance(self.source, Mixture):
+            return self.source.parts
+        return (Part(name="all", source=self.source, weight=1.0, tokens=self.tokens),)
+
+    def packing_of(self, part: Part) -> Literal["windows", "best_fit"]:
+        """How the rows of a part are made."""
+        if self.packing == "auto":
+            return "best_fit" if isinstance(part.source, Conversations) else "windows"
+        return self.packing
+
+
+def _check_path(path: str, pattern: str) -> None:
+    if not path:
+        raise ConfigError('path="" names no text; give a file, a directory or a glob')
+    if PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts:
+        raise ConfigError(f'pattern="{pattern}" must stay inside path, like "**/*.py"')

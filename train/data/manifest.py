@@ -1,8 +1,9 @@
 """What a folder of token shards holds: the record that is written last and checked first.
 
 A folder has, per split, `{split}-00000.bin` (ids, little-endian uint16 or uint32) and beside it
-`{split}-00000.documents.bin` (where each document of that shard ends, little-endian int64), then `tokenizer.json`
-and `manifest.json`. Each document ends with end_of_text and lies in one shard.
+`{split}-00000.documents.bin` (where each document of that shard ends, little-endian int64) and, where not every token is
+trained, `{split}-00000.trained.bin` (a byte for each token, 1 where it is), then `tokenizer.json` and `manifest.json`.
+Each document ends with end_of_text and lies in one shard.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from qwen_jax.errors import DataError, FileError
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SPLITS = ("train", "held_out")
-FORMAT = 1  # raised when an older release could not read what this one writes
+FORMAT = 2  # raised when an older release could not read what this one writes
 # Hashing a gigabyte at each start takes a second or two; beyond that the sizes have to do.
 MAX_DIGEST_BYTES = 2**30
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.bin")
@@ -30,7 +31,7 @@ _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.bin")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One file of ids, `bytes` long, and its file of document ends."""
+    """One file of ids, `bytes` long, its file of document ends, and that of what is trained where it has one."""
 
     name: str
     tokens: int
@@ -38,6 +39,7 @@ class Shard:
     bytes: int
     sha256: str
     documents_sha256: str
+    trained_sha256: str | None = None
 
     def __post_init__(self) -> None:
         # A name such as "../x" would read outside the folder.
@@ -49,14 +51,23 @@ class Shard:
         """Name of the file of document ends."""
         return self.name.removesuffix(".bin") + ".documents.bin"
 
+    @property
+    def trained_name(self) -> str:
+        """Name of the file of what is trained."""
+        return self.name.removesuffix(".bin") + ".trained.bin"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
-    """The shards of one split in order; `characters` and UTF-8 `bytes` of the text they came from."""
+    """The shards of one split in order; `characters` and UTF-8 `bytes` of the text they came from.
+
+    `trained` is the number of tokens that are trained, None where all are.
+    """
 
     shards: tuple[Shard, ...]
     characters: int
     bytes: int
+    trained: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -75,7 +86,7 @@ class Source:
 
     Attributes:
       description: the source as the config names it, for people to read.
-      field: key of the text in JSON lines.
+      options: what else makes tokens of the same files, by field of the config, as JSON.
       files: how many.
       bytes: their sizes together.
       listing: sha256 of their names and sizes.
@@ -83,7 +94,7 @@ class Source:
     """
 
     description: str
-    field: str
+    options: dict[str, str]
     files: int
     bytes: int
     listing: str
@@ -127,8 +138,11 @@ class Manifest:
     @classmethod
     def _from_json(cls, text: str) -> Manifest:
         values = json.loads(text)
-        if (version := values.pop("format")) != FORMAT:
-            raise ValueError(f"its format is {version}, this release reads {FORMAT}")
+        if (version := values.pop("format")) not in (1, FORMAT):
+            raise ValueError(f"its format is {version}, this release reads 1 and {FORMAT}")
+        if version == 1:
+            field = values["source"].pop("field")
+            values["source"]["options"] = {"field": json.dumps(field)} if field else {}
         if values["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"dtype {values['dtype']!r}")
         splits = {
@@ -159,6 +173,8 @@ class Manifest:
                 raise DataError(f"{folder / MANIFEST} gives {shard.name} {shard.tokens} tokens in {shard.bytes} bytes")
             _verify(folder / shard.name, shard.bytes, shard.sha256 if small else None)
             _verify(folder / shard.documents_name, shard.documents * 8, shard.documents_sha256 if small else None)
+            if shard.trained_sha256:
+                _verify(folder / shard.trained_name, shard.tokens, shard.trained_sha256 if small else None)
 
 
 def to_disk(file: IO[Any]) -> None:

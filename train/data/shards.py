@@ -22,23 +22,26 @@ class ShardWriter:
     A context manager: what was not finished when it ends is abandoned.
     """
 
-    def __init__(self, folder: Path, split: str, *, dtype: str, end_of_text: int) -> None:
-        self._folder, self._split = folder, split
+    def __init__(self, folder: Path, split: str, *, dtype: str, end_of_text: int, masked: bool = False) -> None:
+        """A split in `folder`; `masked` if documents may say which of their tokens are trained."""
+        self._folder, self._split, self._masked = folder, split, masked
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._end_of_text = end_of_text
         self._shards: list[Shard] = []
         self._open: _OpenShard | None = None
-        self._characters = self._bytes = 0
+        self._characters = self._bytes = self._trained = 0
 
-    def add(self, ids: list[int], text: str) -> None:
-        """Appends one document: `ids`, the tokens of `text`, and end_of_text."""
+    def add(self, ids: list[int], text: str, trained: list[bool] | None = None) -> None:
+        """Appends one document: `ids`, the tokens of `text`, and end_of_text; `trained` are flags of all, None for 1s."""
         tokens = np.array([*ids, self._end_of_text], self._dtype)
+        flags = np.ones(len(tokens), bool) if trained is None else np.array(trained, bool)
         if self._open and self._open.tokens + len(tokens) > MAX_SHARD_TOKENS:
             self._shards.append(self._open.finish())
             self._open = None
         if self._open is None:
-            self._open = _OpenShard(self._folder, f"{self._split}-{len(self._shards):05}.bin")
-        self._open.add(tokens)
+            self._open = _OpenShard(self._folder, f"{self._split}-{len(self._shards):05}.bin", self._masked)
+        self._open.add(tokens, flags)
+        self._trained += int(flags.sum())
         self._characters += len(text)
         self._bytes += len(text.encode())
 
@@ -47,7 +50,8 @@ class ShardWriter:
         if self._open:
             self._shards.append(self._open.finish())
             self._open = None
-        return Split(shards=tuple(self._shards), characters=self._characters, bytes=self._bytes)
+        trained = self._trained if self._masked else None
+        return Split(shards=tuple(self._shards), characters=self._characters, bytes=self._bytes, trained=trained)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -58,27 +62,30 @@ class ShardWriter:
 
 
 class _OpenShard:
-    """A shard that still grows."""
+    """A shard that still grows. What is small beside its ids stays in memory until the end."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, masked: bool) -> None:
         self._folder, self._name = folder, name
         self.file = open(folder / name, "wb")
         self._sha256 = hashlib.sha256()
         self._ends = array("q")
+        self._trained = bytearray() if masked else None
         self.tokens = 0
 
-    def add(self, tokens: np.ndarray) -> None:
+    def add(self, tokens: np.ndarray, trained: np.ndarray) -> None:
         raw = tokens.tobytes()
         self.file.write(raw)
         self._sha256.update(raw)
         self.tokens += len(tokens)
         self._ends.append(self.tokens)
+        if self._trained is not None:
+            self._trained += trained.tobytes()
 
     def finish(self) -> Shard:
         with self.file:
             to_disk(self.file)
             size = self.file.tell()
-        ends = np.array(self._ends, "<i8").tobytes()
+        ends, trained = np.array(self._ends, "<i8").tobytes(), self._trained
         shard = Shard(
             name=self._name,
             tokens=self.tokens,
@@ -86,10 +93,13 @@ class _OpenShard:
             bytes=size,
             sha256=self._sha256.hexdigest(),
             documents_sha256=hashlib.sha256(ends).hexdigest(),
+            trained_sha256=None if trained is None else hashlib.sha256(trained).hexdigest(),
         )
-        with open(self._folder / shard.documents_name, "wb") as file:
-            file.write(ends)
-            to_disk(file)
+        for name, content in ((shard.documents_name, ends), (shard.trained_name, trained)):
+            if content is not None:
+                with open(self._folder / name, "wb") as file:
+                    file.write(content)
+                    to_disk(file)
         return shard
 
 
@@ -102,18 +112,21 @@ class TokenShards:
       vocab_size: every id is below it.
       end_of_text: the id that ends each document.
       num_characters, num_bytes: of the text the tokens stand for, end_of_text not counted.
+      num_trained: tokens that are trained; None where all are.
     """
 
     def __init__(self, folder: Path, split: str, manifest: Manifest) -> None:
         """The split of a folder whose `manifest` was read, and verified where that matters."""
         record = manifest.splits[split]
         self.path = folder / split
-        self.num_documents = record.documents
+        self.num_documents, self.num_trained = record.documents, record.trained
         self.vocab_size, self.end_of_text = manifest.vocab_size, manifest.end_of_text
         self.num_characters, self.num_bytes = record.characters, record.bytes
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._tokens = [_map(folder / shard.name, self.dtype, shard.tokens) for shard in record.shards]
         self._ends = [_map(folder / s.documents_name, np.dtype("<i8"), s.documents) for s in record.shards]
+        masks = record.shards if record.trained is not None else ()
+        self._trained = [_map(folder / shard.trained_name, np.dtype(bool), shard.tokens) for shard in masks]
         self._first_token = list(accumulate((len(tokens) for tokens in self._tokens), initial=0))
         self._first_document = list(accumulate((len(ends) for ends in self._ends), initial=0))
 
@@ -123,15 +136,29 @@ class TokenShards:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop-1 of the split, [stop - start], in the type they have on disk."""
+        return self._read(self._tokens, self.dtype, start, stop)
+
+    def trained(self, start: int, stop: int) -> np.ndarray:
+        """Whether each of the tokens start..stop-1 is trained, bool [stop - start]."""
+        if self.num_trained is None:
+            return np.ones(stop - start, bool)
+        return self._read(self._trained, np.dtype(bool), start, stop)
+
+    def ends(self) -> np.ndarray:
+        """Where each document ends in the split, int64 [num_documents]."""
+        parts = [np.empty(0, np.int64)]
+        return np.concatenate(parts + [first + ends for first, ends in zip(self._first_token, self._ends, strict=False)])
+
+    def _read(self, shards: list[np.ndarray], dtype: np.dtype, start: int, stop: int) -> np.ndarray:
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start}..{stop} of {self.path}, which has {len(self)}")
         shard = bisect.bisect_right(self._first_token, start) - 1
         parts = []
         while start < stop:
             first = self._first_token[shard]
-            parts.append(self._tokens[shard][start - first : stop - first])
-            start, shard = first + len(self._tokens[shard]), shard + 1
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+            parts.append(shards[shard][start - first : stop - first])
+            start, shard = first + len(shards[shard]), shard + 1
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype), *parts])
 
     def document(self, index: int) -> tuple[int, int]:
         """Positions (start, stop) of one document in the split; stop - 1 is its end_of_text."""

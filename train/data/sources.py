@@ -17,15 +17,16 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from io import BufferedIOBase
 from pathlib import Path, PurePath
+from typing import Any, BinaryIO, cast
 
 from qwen_jax.errors import ConfigError, DataError, FileError
-from train.data.config import PythonStdlib, Text
+from train.data.config import PythonStdlib, Source
 
 MAX_DOCUMENT_BYTES = 100_000_000
 # Text rarely shrinks more than 20-fold; a gzip bomb is 1000-fold.
 MAX_GZIP_RATIO = 100
+_HEAD = 4096  # bytes of a file that tell what it is
 LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 # Installed packages are not the standard library.
 NOT_STDLIB = ("site-packages", "dist-packages", "__pycache__")
@@ -73,7 +74,7 @@ class Tally:
         return f"{self.documents} documents" + (f"; skipped {', '.join(skipped)}" if skipped else "")
 
 
-def new_tally(source: Text | PythonStdlib, max_bad_fraction: float) -> Tally:
+def new_tally(source: Source, max_bad_fraction: float) -> Tally:
     """A tally for `source`. The standard library has test files that are not UTF-8 on purpose: all may be skipped."""
     return Tally(1.0 if isinstance(source, PythonStdlib) else max_bad_fraction)
 
@@ -81,7 +82,7 @@ def new_tally(source: Text | PythonStdlib, max_bad_fraction: float) -> Tally:
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def find_files(source: Text | PythonStdlib, report: Callable[[str], None]) -> list[SourceFile]:
+def find_files(source: Source, report: Callable[[str], None]) -> list[SourceFile]:
     """The files of `source` sorted by name. None is a FileError; hidden files and devices are skipped and reported."""
     root, pattern, excluded = _where(source)
     skipped: list[str] = []
@@ -91,7 +92,7 @@ def find_files(source: Text | PythonStdlib, report: Callable[[str], None]) -> li
         elif root.is_dir():
             found = list(_walk(root, pattern, excluded, skipped))
         else:
-            given = f'data.source.path="{source.path}"' if isinstance(source, Text) else str(root)
+            given = f'data.source.path="{source.path}"' if not isinstance(source, PythonStdlib) else str(root)
             raise FileError(f"{given} is no file, no directory and no glob that matches one")
     if skipped:
         report(f"source: skipped {len(skipped)} entries: {', '.join(skipped[:3])}{', …' if len(skipped) > 3 else ''}")
@@ -100,7 +101,7 @@ def find_files(source: Text | PythonStdlib, report: Callable[[str], None]) -> li
     return sorted(found, key=lambda file: file.name)
 
 
-def _where(source: Text | PythonStdlib) -> tuple[Path, Sequence[str], Sequence[str]]:
+def _where(source: Source) -> tuple[Path, Sequence[str], Sequence[str]]:
     """Root, pattern below it in parts, and names left out. A glob is split where its first wildcard begins."""
     if isinstance(source, PythonStdlib):
         return Path(sysconfig.get_paths()["stdlib"]), ("**", "*.py"), NOT_STDLIB
@@ -202,11 +203,49 @@ def documents(files: Sequence[SourceFile], *, field: str, tally: Tally) -> Itera
     tally.check()
 
 
+def rows(files: Sequence[SourceFile], tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(origin, object) of every JSON line of `files`, or of every element of those that are one JSON array.
+
+    Empty lines and what is no object are counted in `tally`, as `documents` does; the caller counts the rest.
+    """
+    for file in files:
+        array = _is_array(file)
+        for origin, raw in _records(file, lines=not array):
+            if not raw.strip():
+                tally.empty += 1
+                continue
+            try:
+                values = _json(raw)
+            except ValueError as error:
+                tally.reject(f"{origin}: {error}")
+                continue
+            named = [(f"{origin}[{index}]", value) for index, value in enumerate(values)] if array else [(origin, values)]
+            for where, value in named:
+                if isinstance(value, dict):
+                    yield where, value
+                else:
+                    tally.reject(f"{where}: wanted a JSON object, got a {type(value).__name__}")
+
+
+def _is_array(file: SourceFile) -> bool:
+    """Whether a file is one JSON array, in which no line has an object of its own."""
+    with _readable(file.path), _open(file) as stream:
+        return stream.read(_HEAD).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _open(file: SourceFile) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(file.path) if _zipped(file) else open(file.path, "rb"))
+
+
+def _zipped(file: SourceFile) -> bool:
+    return file.name.lower().endswith(".gz")
+
+
 def _records(file: SourceFile, *, lines: bool) -> Iterator[tuple[str, bytes]]:
     """The lines of a file, or the whole of it, as (origin, bytes)."""
-    zipped = file.name.lower().endswith(".gz")
+    zipped = _zipped(file)
     number = total = 0
-    with _readable(file.path), gzip.open(file.path) if zipped else open(file.path, "rb") as stream:
+    with _readable(file.path), _open(file) as stream:
         while raw := _read(stream, line=lines):
             number, total = number + 1, total + len(raw)
             origin = f"{file.path}:{number}" if lines else str(file.path)
@@ -221,30 +260,39 @@ def _records(file: SourceFile, *, lines: bool) -> Iterator[tuple[str, bytes]]:
             yield str(file.path), b""
 
 
-def _read(stream: BufferedIOBase, *, line: bool) -> bytes:
+def _read(stream: BinaryIO, *, line: bool) -> bytes:
     # One byte over the limit is enough to know, and bounds the memory.
     return stream.readline(MAX_DOCUMENT_BYTES + 1) if line else stream.read(MAX_DOCUMENT_BYTES + 1)
 
 
-def _plain_text(raw: bytes) -> str:
-    text = raw.decode("utf-8")
+def check_text(text: str) -> str:
+    """The text; a ValueError for a lone surrogate, or a character that no text has."""
+    text.encode("utf-8")
     if "\0" in text:
         raise ValueError("has a NUL character, so it is no text")
     return text
 
 
-def _json_text(raw: bytes, field: str) -> str:
+def _plain_text(raw: bytes) -> str:
+    return check_text(raw.decode("utf-8"))
+
+
+def _json(raw: bytes) -> Any:
     try:
-        record = json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8"))
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
+
+
+def _json_text(raw: bytes, field: str) -> str:
+    record = _json(raw)
     if not isinstance(record, dict):
         raise ValueError(f"wanted a JSON object on one line, got a {type(record).__name__}")
     if field not in record:
         raise ValueError(f'no field "{field}" among {sorted(record)[:5]}')
     if not isinstance(record[field], str):
         raise ValueError(f'field "{field}" holds a {type(record[field]).__name__}, wanted a text')
-    return _plain_text(record[field].encode("utf-8"))  # encoding finds lone surrogates
+    return check_text(record[field])
 
 
 @contextlib.contextmanager

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
-import functools
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from qwen_jax.errors import DataError, FileError
 from qwen_jax.text import Tokenizer, train_bpe
-from train.data import sources
-from train.data.config import Data, PythonStdlib, Text, TokenizerFile
-from train.data.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, Source, Split, to_disk
+from train.data import conversations, manifest, sources
+from train.data.config import Conversations, Data, Part, PythonStdlib, Source, TokenizerFile
+from train.data.conversations import ChatFormat
+from train.data.documents import Document, encode
+from train.data.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, Split, to_disk
 from train.data.shards import ShardWriter
-from train.data.sources import SourceFile
+from train.data.sources import SourceFile, Tally
 
 # Merges hardly change with more text than this, and training keeps a count for every distinct piece of it.
 MAX_TRAINING_BYTES = 200_000_000
@@ -24,41 +27,88 @@ MAX_TRAINING_BYTES = 200_000_000
 BATCH_CHARACTERS = 4_000_000
 MAX_UINT16_TOKENS = 2**16
 REPORT_SECONDS = 30.0
+# Fields of a source that do not say what becomes of its files: which they are is known, and rows are made later.
+NOT_OPTIONS = ("path", "pattern", "too_long")
 
 Report = Callable[[str], None]
 
 
-def make(config: Data, folder: Path, seed: int, report: Report) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How the documents of a run are read.
+
+    Attributes:
+      config: the run's.
+      chat: what conversations are written in; None where there are none.
+      seed: draws what is drawn.
+      report: takes a line about what happens.
+    """
+
+    config: Data
+    chat: ChatFormat | None
+    seed: int
+    report: Report
+
+    def documents(self, source: Source, files: Sequence[SourceFile], tally: Tally) -> Iterator[Document]:
+        """The documents of a source."""
+        if isinstance(source, Conversations):
+            assert self.chat is not None, "a run with conversations has a format for them"
+            return conversations.documents(files, source, self.chat.form, tally)
+        field = "" if isinstance(source, PythonStdlib) else source.field
+        texts = sources.documents(files, field=field, tally=tally)
+        return (Document(origin=origin, text=text) for origin, text in texts)
+
+    def tally(self, source: Source) -> Tally:
+        """A new count of the documents of a source."""
+        return sources.new_tally(source, self.config.max_bad_fraction)
+
+    def describe(self, source: Source, files: Sequence[SourceFile], *, content: bool = True) -> manifest.Source:
+        """What the manifest says of a source; without `content` the bytes are not read, and that field is ""."""
+        return manifest.Source(
+            description=repr(source),
+            options=self.options(source),
+            files=len(files),
+            bytes=sum(file.size for file in files),
+            listing=sources.fingerprint(files, content=False),
+            content=sources.fingerprint(files, content=True) if content else "",
+        )
+
+    def options(self, source: Source) -> dict[str, str]:
+        """What else makes tokens of the same files, as JSON."""
+        fields = dataclasses.asdict(source).items()
+        options = {"source": type(source).__name__} | {name: value for name, value in fields if name not in NOT_OPTIONS}
+        if isinstance(source, Conversations) and self.chat:
+            options["format"] = self.chat.name
+        return {name: json.dumps(value) for name, value in options.items()}
+
+
+def make(reading: Reading, part: Part, folder: Path, tokenizer: Callable[[], Tokenizer]) -> None:
     """Fills `folder` with token shards, the manifest last. What a killed process left there is made anew."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, report):
+        with _locked(folder, reading.report):
             if not (folder / MANIFEST).exists():  # whoever held the lock may have made it
                 _remove_leftovers(folder)
-                _write(config, folder, seed, report)
+                _write(reading, part, folder, tokenizer())
     except OSError as error:
         raise FileError(f"cannot write {folder}: {error.strerror}; make room or choose another data.tokens") from error
 
 
-def describe(source: Text | PythonStdlib, files: Sequence[SourceFile], *, content: bool = True) -> Source:
-    """What the manifest says of the source; without `content` the bytes are not read, and `Source.content` is ""."""
-    return Source(
-        description=repr(source),
-        field=field_of(source),
-        files=len(files),
-        bytes=sum(file.size for file in files),
-        listing=sources.fingerprint(files, content=False),
-        content=sources.fingerprint(files, content=True) if content else "",
-    )
+def make_tokenizer(reading: Reading) -> Tokenizer:
+    """The tokenizer that the config names, or one trained on the training split of all parts that are read."""
+    wanted = reading.config.tokenizer
+    if isinstance(wanted, TokenizerFile):
+        return Tokenizer.load(Path(wanted.path).expanduser())
+    reading.report(f"tokenizer: training a byte-level BPE of {wanted.vocab_size:,} tokens")
+    return train_bpe(_training_texts(reading), vocab_size=wanted.vocab_size, extra_tokens=wanted.extra_tokens)
 
 
-def _write(config: Data, folder: Path, seed: int, report: Report) -> None:
-    files = sources.find_files(config.source, report)
-    source = describe(config.source, files)
-    report(f"source: {source.files:,} files, {source.bytes / 1e6:.1f} MB, {source.description}")
-    tokenizer = _tokenizer(config, files, seed, report)
+def _write(reading: Reading, part: Part, folder: Path, tokenizer: Tokenizer) -> None:
+    files = sources.find_files(part.source, reading.report)
+    source = reading.describe(part.source, files)
+    reading.report(f"source: {source.files:,} files, {source.bytes / 1e6:.1f} MB, {source.description}")
     dtype = "uint16" if tokenizer.num_tokens <= MAX_UINT16_TOKENS else "uint32"
-    splits = _write_shards(config, folder, files, tokenizer, dtype, report)
+    splits = _write_shards(reading, part, folder, files, tokenizer, dtype)
     sources.check_unchanged(files)
     with open(folder / TOKENIZER, "wb") as file:
         file.write(tokenizer.to_bytes())
@@ -69,62 +119,52 @@ def _write(config: Data, folder: Path, seed: int, report: Report) -> None:
         end_of_text=tokenizer.end_of_text,
         tokenizer=tokenizer.fingerprint,
         source=source,
-        held_out=config.held_out,
+        held_out=reading.config.held_out,
         splits=splits,
     ).write(folder)
 
 
 def _write_shards(
-    config: Data, folder: Path, files: Sequence[SourceFile], tokenizer: Tokenizer, dtype: str, report: Report
+    reading: Reading, part: Part, folder: Path, files: Sequence[SourceFile], tokenizer: Tokenizer, dtype: str
 ) -> dict[str, Split]:
     """The splits, written; a DataError if one that should hold documents has none."""
-    tally = sources.new_tally(config.source, config.max_bad_fraction)
-    documents = sources.documents(files, field=field_of(config.source), tally=tally)
+    tally, held_out_fraction = reading.tally(part.source), reading.config.held_out
+    documents = reading.documents(part.source, files, tally)
+    how = dict(dtype=dtype, end_of_text=tokenizer.end_of_text, masked=isinstance(part.source, Conversations))
     reported = time.monotonic()
     with contextlib.ExitStack() as stack:
-        open_writer = functools.partial(ShardWriter, folder, dtype=dtype, end_of_text=tokenizer.end_of_text)
-        writers = {split: stack.enter_context(open_writer(split)) for split in SPLITS}
-        for texts in _batches(documents):
-            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                writers["held_out" if _share(text) < config.held_out else "train"].add(ids, text)
+        writers = {split: stack.enter_context(ShardWriter(folder, split, **how)) for split in SPLITS}
+        for batch in _batches(documents):
+            for document, (ids, trained) in zip(batch, encode(tokenizer, batch), strict=True):
+                split = "held_out" if _share(document.text) < held_out_fraction else "train"
+                writers[split].add(ids, document.text, trained)
             if time.monotonic() - reported > REPORT_SECONDS:
-                report(f"tokens: {tally.documents:,} documents so far")
+                reading.report(f"tokens: {tally.documents:,} documents so far")
                 reported = time.monotonic()
         splits = {split: writer.finish() for split, writer in writers.items()}
-    report(f"source: {tally}")
-    if not splits["train"].tokens or (config.held_out and not splits["held_out"].tokens):
+    reading.report(f"source: {tally}")
+    if not splits["train"].tokens or (held_out_fraction and not splits["held_out"].tokens):
         numbers = ", ".join(f"{split} {record.documents}" for split, record in splits.items())
         raise DataError(
-            f"data.held_out={config.held_out} splits {tally.documents} documents into {numbers}; "
+            f"data.held_out={held_out_fraction} splits {tally.documents} documents into {numbers}; "
             "give more documents, or change it (0 holds out none)"
         )
     return splits
 
 
-def field_of(source: Text | PythonStdlib) -> str:
-    """The key of the text in JSON lines; a source without any has ""."""
-    return "" if isinstance(source, PythonStdlib) else source.field
-
-
-def _tokenizer(config: Data, files: Sequence[SourceFile], seed: int, report: Report) -> Tokenizer:
-    if isinstance(config.tokenizer, TokenizerFile):
-        return Tokenizer.load(Path(config.tokenizer.path).expanduser())
-    report(f"tokenizer: training a byte-level BPE of {config.tokenizer.vocab_size:,} tokens")
-    return train_bpe(_training_texts(config, files, seed), vocab_size=config.tokenizer.vocab_size)
-
-
-def _training_texts(config: Data, files: Sequence[SourceFile], seed: int) -> Iterator[str]:
-    """Documents of the training split: all of them, or a sample drawn by `seed` of about MAX_TRAINING_BYTES."""
-    keep = min(1.0, MAX_TRAINING_BYTES / max(1, sum(file.size for file in files)))
-    tally = sources.new_tally(config.source, config.max_bad_fraction)
+def _training_texts(reading: Reading) -> Iterator[str]:
+    """Documents of the training split: all of them, or a sample drawn by the seed of about MAX_TRAINING_BYTES."""
+    found = [(part.source, sources.find_files(part.source, lambda _: None)) for part in reading.config.parts]
+    keep = min(1.0, MAX_TRAINING_BYTES / max(1, sum(file.size for _, files in found for file in files)))
     taken = 0
-    for _, text in sources.documents(files, field=field_of(config.source), tally=tally):
-        if _share(text) < config.held_out or _share(text, key=str(seed)) >= keep:
-            continue
-        taken += len(text)
-        if taken > MAX_TRAINING_BYTES:  # the files were compressed
-            return
-        yield text
+    for source, files in found:
+        for document in reading.documents(source, files, reading.tally(source)):
+            if _share(document.text) < reading.config.held_out or _share(document.text, key=str(reading.seed)) >= keep:
+                continue
+            taken += len(document.text)
+            if taken > MAX_TRAINING_BYTES:  # the files were compressed
+                return
+            yield document.plain
 
 
 def _share(text: str, *, key: str = "") -> float:
@@ -133,12 +173,12 @@ def _share(text: str, *, key: str = "") -> float:
     return int.from_bytes(digest, "little") / 2**48
 
 
-def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[str]]:
-    """Texts in lists of about BATCH_CHARACTERS, enough for all cores and little enough for memory."""
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents in lists of about BATCH_CHARACTERS, enough for all cores and little enough for memory."""
     batch, size = [], 0
-    for _, text in documents:
-        batch.append(text)
-        size += len(text)
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

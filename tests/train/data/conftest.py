@@ -26,7 +26,7 @@ def write_shards(tmp_path, monkeypatch):
             vocab_size=vocab_size,
             end_of_text=END,
             tokenizer="none",
-            source=Source(description="by hand", field="", files=0, bytes=0, listing="", content=""),
+            source=Source(description="by hand", options={}, files=0, bytes=0, listing="", content=""),
             held_out=0.0,
             splits=splits,
         )

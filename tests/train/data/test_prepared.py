@@ -50,7 +50,7 @@ def make(tmp_path):
 
 
 def documents(made, split):
-    shards = getattr(made, split)
+    shards = getattr(made.parts[0], split)
     bounds = [shards.document(i) for i in range(shards.num_documents)]
     assert all(shards.tokens(stop - 1, stop) == shards.end_of_text for _, stop in bounds)
     return [made.tokenizer.decode(shards.tokens(start, stop - 1).tolist()) for start, stop in bounds]
@@ -71,8 +71,8 @@ def test_every_document_is_in_one_split_in_order(config, make):
     assert sorted([*train, *held_out]) == sorted(texts)
     assert train == [text for text in texts if text in train]
     assert 3 <= len(held_out) <= 25  # 12 expected
-    assert made.train.num_characters == sum(map(len, train))
-    assert made.held_out.num_bytes == sum(len(text.encode()) for text in held_out)
+    assert made.parts[0].train.num_characters == sum(map(len, train))
+    assert made.parts[0].held_out.num_bytes == sum(len(text.encode()) for text in held_out)
     assert made.tokenizer.num_tokens == 280
     assert len(reports) < 8
 
@@ -182,7 +182,7 @@ def test_a_named_folder_is_used_without_its_source(config, make, folder, tmp_pat
     for path in folder.iterdir():
         path.unlink()
     second, reports = make(named)
-    assert np.array_equal(*(made.train.tokens(0, len(made.train)) for made in (first, second)))
+    assert np.array_equal(*(made.parts[0].train.tokens(0, len(made.parts[0].train)) for made in (first, second)))
     assert not (tmp_path / "run").exists()
     assert str(folder) in reports[-1]
 
@@ -258,15 +258,15 @@ def test_an_empty_split_is_refused(config, make, tmp_path, held_out, words):
 
 def test_nothing_held_out(config, make):
     made, _ = make(replace(config, held_out=0.0))
-    assert len(made.held_out) == 0
-    assert made.train.num_documents == NUM_DOCUMENTS
+    assert len(made.parts[0].held_out) == 0
+    assert made.parts[0].train.num_documents == NUM_DOCUMENTS
 
 
 def test_wide_ids_for_large_vocabularies(config, make, monkeypatch, tmp_path):
     narrow, _ = make(config)
     monkeypatch.setattr(tokenise, "MAX_UINT16_TOKENS", 279)
     wide, _ = make(replace(config, tokens=str(tmp_path / "wide")))
-    assert (narrow.train.dtype, wide.train.dtype) == ("<u2", "<u4")
+    assert (narrow.parts[0].train.dtype, wide.parts[0].train.dtype) == ("<u2", "<u4")
     assert documents(wide, "train") == documents(narrow, "train")
 
 

@@ -102,7 +102,7 @@ def change(values, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        (("format",), 2, "format is 2"),
+        (("format",), 3, "format is 3"),
         (("dtype",), "int64", "int64"),
         (("splits", "train", "shards", 0, "name"), "../train-00000.bin", "no name of a shard"),
         (("splits", "train", "shards", 0, "name"), "/etc/passwd", "no name of a shard"),
