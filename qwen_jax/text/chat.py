@@ -21,17 +21,19 @@ from qwen_jax.text.messages import Call, Message, read_messages, to_json
 from qwen_jax.text.tokenizer import Tokenizer
 
 _HELPFUL = "You are a helpful assistant."
-_TOOLS = (
+
+# What a system message says of tools, before and after their list.
+TOOLS = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
 )
-_CALLS = (
+CALLS = (
     "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
     '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
     "</tool_call>"
 )
 _CLOSE = "<|im_end|>\n"
-_NO_THOUGHT = "<think>\n\n</think>\n\n"
+NO_THOUGHT = "<think>\n\n</think>\n\n"
 # What no format writes but as a control token, so a tokenizer without it does not belong to the format.
 _CONTROL = re.compile(r"<\|\w+\|>")
 _BYTE = {False: b"\0", True: b"\1"}
@@ -157,7 +159,7 @@ class Format:
         if add_generation_prompt and not (self.open_end and chat[-1].role == "assistant"):
             pieces.append(_words("<|im_start|>assistant\n"))
             if self.quiet or enable_thinking is False:
-                pieces.append(_words(_NO_THOUGHT))
+                pieces.append(_words(NO_THOUGHT))
         return pieces
 
     def _check(self, chat: list[Message], tools: Sequence[Mapping[str, Any]] | None) -> None:
@@ -183,10 +185,10 @@ class Format:
         else:
             text = [_words(self.default_system)] if self.default_system is not None else []
         if tools:
-            text += [_words("\n\n" + _TOOLS if text else _TOOLS)]
+            text += [_words("\n\n" + TOOLS if text else TOOLS)]
             for index, tool in enumerate(tools):
                 text += [_words("\n"), Piece(text=to_json(tool, f"tools[{index}]"))]
-            text += [_words(_CALLS)]
+            text += [_words(CALLS)]
         return [_words("<|im_start|>system\n"), *text, _words(_CLOSE)] if text else []
 
     def _turns(self, chat: list[Message]) -> list[Piece]:
@@ -259,6 +261,14 @@ _TEMPLATES = {
     "64f85b198065d0fba2a81f37e10ed68161ce2c19a754c7100e67e0ca2ee9c326": "qwen3-instruct-2507",
     "48e17aa3caf5bf20075b6e7366864ee943e00b6f0752aadfe8b670c2ab0291a5": "qwen3-instruct-2507",
     "87a2728cb8dc9fe424d624542f6060ec05a1d285ebbec578bb078900e33396b5": "qwen3",
+    # Those of chat_template.template_of.
+    "48c2031b5c52335638cb3ef4b00a40d2fa6377ad4008c22473e8cde2cac863fe": "qwen2",
+    "8ec0446ede60a066dfde7bf6f05dafacf4e39277894d189de80479c7a84a2de9": "qwen1.5",
+    "febffec7873802be3291d9f89f6ae063ece32c661b205d5628db27035fb8842d": "qwen2.5",
+    "3e553946962bc8339e8c8d2d7eab7c2387fda9def3516c13efc1dc793279e2d8": "qwen2.5-math",
+    "0c42c21f7f10de73d346174bad08406c423850d64cb700c6678b796a2d14e7ed": "qwen3",
+    "b6832c3fecc00b44789cc5a5af15dec4cb81cc965d2da78355c4a2587561afef": "qwen3-nonthinking",
+    "bbf3d4ecec11381d02e99012374429f37ecb27b946ab5b5630599d914201af87": "qwen3-instruct-2507",
 }
 
 
