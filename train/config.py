@@ -15,7 +15,7 @@ from typing import Literal
 from qwen_jax import zoo
 from qwen_jax.config import DType, ModelConfig, Rope
 from qwen_jax.errors import ConfigError
-from train.data.config import Data
+from train.data.config import Data, Mixture, Source
 
 
 def _at_least(least: int, section: object, *names: str) -> None:
@@ -26,6 +26,15 @@ def _at_least(least: int, section: object, *names: str) -> None:
 
 def _next(value: int, step: int) -> int:
     return -(-value // step) * step
+
+
+def _weighted(source: Source | Mixture, weights: tuple[float, ...]) -> Mixture:
+    """The mixture with other weights."""
+    if not isinstance(source, Mixture) or len(weights) != len(source.parts):
+        count = len(source.parts) if isinstance(source, Mixture) else "no"
+        raise ConfigError(f"weights={weights} are those of a mixture's parts, and data.source has {count} parts")
+    parts = zip(source.parts, weights, strict=True)
+    return Mixture(parts=tuple(dataclasses.replace(part, weight=weight) for part, weight in parts))
 
 
 def tensor_sizes(model: ModelConfig) -> list[int]:
@@ -56,7 +65,8 @@ class Zoo:
 class Pretrained:
     """A model with its weights: the run begins with them, and with a fresh optimiser at step 0.
 
-    Of what lies beside the weights only the tokenizer counts, and goes on; chat template and sampling defaults do not.
+    Of what lies beside the weights only the tokenizer counts, and goes on; so does the chat template where there are
+    conversations that name no other format. Sampling defaults do not.
 
     Attributes:
       path: a published folder, a run, a checkpoint, or with the extra `hub` the name of a published model. It must stay
@@ -172,6 +182,7 @@ class Stage:
       from_step: steps done before.
       sequence_length: predicted tokens per row. The model then serves at least as many positions.
       full_length: fraction of the rows that stay whole; the others are cut to lengths of the stages before.
+      weights: of the parts of the mixture, in their order.
       theta: base frequency of the rotary embedding.
       batch_size, accumulation, remat: as in TrainConfig.
       mesh: as in TrainConfig, and of as many devices; an axis that is not named has size 1.
@@ -180,6 +191,7 @@ class Stage:
     from_step: int
     sequence_length: int | None = None
     full_length: float | None = None
+    weights: tuple[float, ...] | None = None
     theta: float | None = None
     batch_size: int | None = None
     accumulation: int | None = None
@@ -234,7 +246,8 @@ class TrainConfig:
       objective: what is minimised.
       batch_size: rows of each optimiser step, over all devices and micro-batches.
       accumulation: micro-batches of one step; more of them need less memory for the same step.
-      steps: optimiser steps in all.
+      steps: optimiser steps in all. 0 where `epochs` says how many.
+      epochs: how often all rows are seen; of a mixture, how often as many rows as its parts have together.
       optimizer: and its constants.
       schedule: learning rate over the steps.
       mesh: how the run is split over devices.
@@ -255,7 +268,8 @@ class TrainConfig:
     objective: LM = LM()
     batch_size: int
     accumulation: int = 1
-    steps: int
+    steps: int = 0
+    epochs: float = 0.0
     optimizer: AdamW
     schedule: Cosine
     mesh: Mesh = Mesh()
@@ -269,11 +283,15 @@ class TrainConfig:
     stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "batch_size", "accumulation", "steps", "log_every")
-        _at_least(0, self, "seed")
+        _at_least(1, self, "batch_size", "accumulation", "log_every")
+        _at_least(0, self, "seed", "steps", "epochs")
         if not self.run_dir:
             raise ConfigError("run_dir is empty; name the directory that the run is written to")
-        if self.schedule.warmup_steps >= self.steps:
+        if bool(self.steps) == bool(self.epochs):
+            raise ConfigError(f"steps={self.steps} and epochs={self.epochs}: say one of them, how long the run is")
+        if self.epochs and self.stages:
+            raise ConfigError(f"epochs={self.epochs} cannot be counted over stages, which begin at a step; say steps")
+        if self.steps and self.schedule.warmup_steps >= self.steps:
             raise ConfigError(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} must be below steps={self.steps}, or the peak "
                 f"learning rate is never reached"
@@ -373,7 +391,12 @@ class TrainConfig:
 
     @functools.cached_property
     def stage_configs(self) -> list[tuple[range, TrainConfig]]:
-        """The steps of each stage, the first being before `stages`, and the run as it is in them, without stages."""
+        """The steps of each stage, the first being before `stages`, and the run as it is in them, without stages.
+
+        While the steps of `epochs` are not known, there are as few as the schedule has room for.
+        """
+        if self.epochs:
+            return self.with_steps(self.schedule.warmup_steps + 1).stage_configs
         config = dataclasses.replace(self, stages=()) if self.stages else self
         configs, starts = [config], [0, *(stage.from_step for stage in self.stages), self.steps]
         for number, stage in enumerate(self.stages, 1):
@@ -383,6 +406,10 @@ class TrainConfig:
                 raise ConfigError(f"from stages.{number}.from_step={stage.from_step} on, {error}") from error
             configs.append(config)
         return [(range(*steps), config) for steps, config in zip(itertools.pairwise(starts), configs, strict=True)]
+
+    def with_steps(self, steps: int) -> TrainConfig:
+        """This config with a number of steps in the place of epochs."""
+        return dataclasses.replace(self, steps=steps, epochs=0.0)
 
     def _changed(self, stage: Stage) -> TrainConfig:
         """This config as a stage makes it."""
@@ -396,8 +423,9 @@ class TrainConfig:
         if rope != model.rope or length > model.max_position:
             model = dataclasses.replace(model, rope=rope, max_position=max(length, model.max_position))
             values["model"] = model
+        source = data.source if stage.weights is None else _weighted(data.source, stage.weights)
         values["data"] = dataclasses.replace(
-            data, sequence_length=length, full_length=full, shorter_lengths=tuple(sorted(shorter))
+            data, source=source, sequence_length=length, full_length=full, shorter_lengths=tuple(sorted(shorter))
         )
         return dataclasses.replace(self, **values)
 

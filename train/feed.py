@@ -10,12 +10,13 @@ import numpy as np
 from qwen_jax import sharding
 from train.config import TrainConfig
 from train.data import Rows
+from train.data.mixture import MixedRows
 from train.objectives import Batch
 
 _TYPES = {"tokens": np.int32, "targets": np.int32, "positions": np.int32, "segments": np.int32, "weights": np.float32}
 
 
-def put_batch(rows: Rows, step: int, config: TrainConfig) -> Batch:
+def put_batch(rows: Rows | MixedRows, step: int, config: TrainConfig) -> Batch:
     """Batch `step` on the current mesh, every array [accumulation, rows of a micro-batch, T].
 
     Columns are in the order of `sharding.balanced_columns`. Each host reads only the rows that its devices hold.

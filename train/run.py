@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -21,7 +21,8 @@ from qwen_jax.weights.source import Model, open_model
 from train import directory as run_directory
 from train import plot
 from train.config import Pretrained, TrainConfig
-from train.data import Corpus, Rows, TokenShards, prepare
+from train.data import Conversations, Corpus, Rows, prepare
+from train.data.mixture import MixedRows
 from train.evaluation import HeldOut
 from train.feed import abstract_batch, put_batch
 from train.profiler import Profiler
@@ -38,6 +39,7 @@ from train.step import (
     unrolled,
 )
 from train.stop import Stop
+from train.stream import TEMPLATE, chat_format, check_parts, count_steps, facts, stream
 
 
 def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = False) -> int:
@@ -74,17 +76,23 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
         # Stages that are left; a run without any is one. What its step cannot do a stage says while it is traced: now,
         # and not after hours of preparing data.
         done = checkpoint.step if checkpoint else 0
-        stages = {n: each for n, each in enumerate(config.stage_configs) if done <= each[0].stop}
-        for _, stage in stages.values():
-            trace(stage)
+        for steps, stage in config.stage_configs:
+            if config.epochs or done <= steps.stop:
+                trace(stage)
 
         # Data
-        corpus = prepare(config.data, directory, seed=config.seed, report=report.line, is_writer=first_host)
+        check_parts(config)
+        chat = chat_format(config, warn=report.warn)
+        corpus = prepare(config.data, directory, seed=config.seed, report=report.line, chat=chat, is_writer=first_host)
         check_corpus(corpus, config, checkpoint)
-        streams = [stream(corpus.train, steps, stage) for steps, stage in stages.values()]
+        config = count_steps(config, corpus)
+        stages = {n: each for n, each in enumerate(config.stage_configs) if done <= each[0].stop}
+        streams = [stream(corpus, steps, stage) for steps, stage in stages.values()]
 
         # Files
         files = {"config.gin": text.encode(), "tokenizer.json": corpus.tokenizer.to_bytes()}
+        if chat:
+            files[TEMPLATE] = chat.template.encode()
         if first_host:
             run_directory.write(directory, files)
         record = Record(directory, step=done, tokens_after=config.tokens_after, warn=report.warn, writes=first_host)
@@ -92,7 +100,7 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
 
         # Each goes on from the checkpoint that the one before has left, as if the run had been stopped there.
         shared = Shared(directory, corpus, files, checkpoints, record, report, stack.enter_context(Stop()))
-        for (number, (steps, stage)), rows in zip(stages.items(), streams, strict=True):
+        for (number, (steps, stage)), read in zip(stages.items(), streams, strict=True):
             if done < steps.start:
                 checkpoint = checkpoints.latest_valid()
                 if checkpoint is None or checkpoint.step != steps.start:
@@ -102,7 +110,9 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
                     )
             if config.stages:
                 report.fact("stage", f"{number} of 0 to {len(config.stages)}, up to step {steps.stop:,}")
-            if exit_code := train_stage(steps, stage, rows, checkpoint, shared):
+            for name, fact in facts(read, steps, stage) if first_host else ():
+                report.fact("reads", f"{name}: {fact}")
+            if exit_code := train_stage(steps, stage, read.rows, checkpoint, shared):
                 return exit_code
     return 0
 
@@ -119,7 +129,9 @@ class Shared(NamedTuple):
     stop: Stop
 
 
-def train_stage(steps: range, config: TrainConfig, rows: Rows, checkpoint: Checkpoint | None, shared: Shared) -> int:
+def train_stage(
+    steps: range, config: TrainConfig, rows: Rows | MixedRows, checkpoint: Checkpoint | None, shared: Shared
+) -> int:
     """Trains through a stage, which for most runs is all there is, and returns the exit code.
 
     Args:
@@ -149,7 +161,7 @@ def train_stage(steps: range, config: TrainConfig, rows: Rows, checkpoint: Check
             state = initial_state(config.model_config, optimizer, seed=config.seed, unroll=unroll)
         start = int(state.step)
 
-        held_out = HeldOut(config, objective, corpus.held_out) if len(corpus.held_out) else None
+        held_out = HeldOut(config, objective, corpus) if any(len(part.held_out) for part in corpus.parts) else None
         saver = Saver(
             checkpoints,
             record,
@@ -162,7 +174,7 @@ def train_stage(steps: range, config: TrainConfig, rows: Rows, checkpoint: Check
         record.restart_clock(start)
 
         # Loop: launch step n, then read what step n - 1 measured, so that the devices never wait for the host.
-        step, loss = start, math.nan
+        step, losses = start, {}
         unread: tuple[int, Metrics] | None = None
         with saver, report.follow(start, config.steps, tokens_per_step=config.tokens_per_step):
             while True:
@@ -179,9 +191,11 @@ def train_stage(steps: range, config: TrainConfig, rows: Rows, checkpoint: Check
                 if saving:
                     saver.save(step, state)
                 if evaluating:
-                    loss = held_out.loss(state.params, whole=last)
-                    record.held_out(step, loss=loss, bits_per_byte=held_out.bits_per_byte(loss))
-                    report.line(f"step {step}: held-out loss {loss:.3f}")
+                    losses = held_out.losses(state.params, whole=last)
+                    measures = held_out.measures(losses)
+                    record.held_out(step, **measures)
+                    each = "".join(f", {name} {loss:.3f}" for name, loss in losses.items()) if len(losses) > 1 else ""
+                    report.line(f"step {step}: held-out loss {measures['loss']:.3f}{each}")
                 if saving or evaluating:
                     record.restart_clock(step)
                 if last or exit_code:
@@ -203,7 +217,7 @@ def train_stage(steps: range, config: TrainConfig, rows: Rows, checkpoint: Check
                 report.warn(f"no {plot.IMAGE}: {error.strerror}")
         if first_host and step == config.steps and not exit_code:
             if held_out:
-                print(f"\n{held_out.summary(loss)}\n")
+                print(f"\n{held_out.summary(losses)}\n")
             print(f'try  python -m infer generate {config.run_dir} --prompt "def "')
     return exit_code
 
@@ -213,19 +227,6 @@ def trace(config: TrainConfig) -> None:
     with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))):
         _, optimizer, train_step = configured(config)
         jax.eval_shape(train_step, abstract_state(config.model_config, optimizer), abstract_batch(config))
-
-
-def stream(shards: TokenShards, steps: range, config: TrainConfig) -> Rows:
-    """The rows of a stage."""
-    return Rows(
-        shards,
-        sequence_length=config.data.sequence_length,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        first_step=steps.start,
-        full_length=config.data.full_length,
-        shorter_lengths=config.data.shorter_lengths,
-    )
 
 
 def join_hosts() -> None:
@@ -249,9 +250,14 @@ def join_hosts() -> None:
             print(f"train: this host is the whole run, since jax finds no others: {error}", file=sys.stderr)
 
 
-def fingerprint(corpus: Corpus) -> dict[str, str | int]:
-    """What a checkpoint remembers of its data, so that it is not trained on with other data."""
-    return {"tokenizer": corpus.tokenizer.fingerprint, "train_tokens": len(corpus.train)}
+def fingerprint(corpus: Corpus) -> dict[str, Any]:
+    """What a checkpoint remembers of its data, so that it is not trained on with other data.
+
+    And whether it is a model that chats: one that was trained on conversations alone ends its texts as they do.
+    """
+    tokens = {part.part.name: len(part.train) for part in corpus.parts}
+    known = {"tokenizer": corpus.tokenizer.fingerprint, "train_tokens": tokens.get("all", tokens)}
+    return known | ({"chat": True} if all(isinstance(part.part.source, Conversations) for part in corpus.parts) else {})
 
 
 def check_corpus(corpus: Corpus, config: TrainConfig, checkpoint: Checkpoint | None) -> None:

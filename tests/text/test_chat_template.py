@@ -37,5 +37,7 @@ def test_a_template_writes_what_its_format_writes(name):
 def test_a_template_of_our_own_is_known_again(name):
     template = template_of(chat.FORMATS[name])
     found = chat.format_of_template(template)
-    assert found and template_of(found) == template, f"in text/chat.py: {hashlib.sha256(template.encode()).hexdigest()!r}: {name!r},"
+    assert found and template_of(found) == template, (
+        f"in text/chat.py: {hashlib.sha256(template.encode()).hexdigest()!r}: {name!r},"
+    )
     assert max(map(len, template.split("\n"))) < 600

@@ -17,7 +17,7 @@ from train.config import LM, Mesh, Stage, TrainConfig, Zoo
 @pytest.mark.parametrize(
     "path, value, sentence",
     [
-        ("steps", 0, "steps=0 must be at least 1"),
+        ("steps", 0, "steps=0 and epochs=0.0: say one of them"),
         ("accumulation", 3, "batch_size=8 must be a multiple of accumulation=3"),
         ("mesh.fsdp", 16, "a micro-batch has 8 rows .* multiple of .* = 16"),
         ("mesh.context", 3, r"data.sequence_length=16 must be a multiple of 2 \* mesh.context = 6"),

@@ -8,11 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from train.data.config import Data, PythonStdlib, Text, TokenizerFile, TrainBPE
+from train.data.config import Conversations, Data, Mixture, Part, PythonStdlib, Text, TokenizerFile, TrainBPE
 
 if TYPE_CHECKING:
-    from train.data.prepared import Corpus, prepare
     from train.data.entropy import ngram_entropy
+    from train.data.prepared import Corpus, prepare
     from train.data.rows import Rows
     from train.data.shards import TokenShards
 
@@ -26,7 +26,10 @@ _HOME = {
 
 __all__ = [
     # schema
+    "Conversations",
     "Data",
+    "Mixture",
+    "Part",
     "PythonStdlib",
     "Text",
     "TokenizerFile",

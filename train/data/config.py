@@ -118,8 +118,8 @@ class TrainBPE:
     """A byte-level BPE trained on the training split.
 
     Attributes:
-      vocab_size: its tokens: 256 bytes, the merges, 3 special tokens (<|endoftext|>, and <|im_start|> and <|im_end|> for
-        chats), `extra_tokens`.
+      vocab_size: its tokens: 256 bytes, the merges, 3 special tokens (<|endoftext|> and, for chats, <|im_start|> and
+        <|im_end|>), `extra_tokens`.
       extra_tokens: more control tokens, such as "<tool_call>", "<think>" or "<|fim_prefix|>".
     """
 
@@ -206,9 +206,13 @@ class Data:
         if chats and self.packing == "windows":
             raise ConfigError('packing="windows" would cut conversations anywhere; leave it out, or say "best_fit"')
         if self.full_length < 1 and any(self.packing_of(part) == "best_fit" for part in self.parts):
-            raise ConfigError(f"full_length={self.full_length} cuts windows of text, and best_fit has none; leave it out")
+            raise ConfigError(
+                f"full_length={self.full_length} cuts windows of text, and best_fit has none; leave it out"
+            )
         if self.tokens and isinstance(self.source, Mixture):
-            raise ConfigError(f'tokens="{self.tokens}" is one folder; in a mixture name those of the parts: source.parts.1.tokens')
+            raise ConfigError(
+                f'tokens="{self.tokens}" is one folder; in a mixture name those of the parts: source.parts.1.tokens'
+            )
 
     @property
     def parts(self) -> tuple[Part, ...]:

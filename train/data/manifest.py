@@ -1,9 +1,9 @@
 """What a folder of token shards holds: the record that is written last and checked first.
 
 A folder has, per split, `{split}-00000.bin` (ids, little-endian uint16 or uint32) and beside it
-`{split}-00000.documents.bin` (where each document of that shard ends, little-endian int64) and, where not every token is
-trained, `{split}-00000.trained.bin` (a byte for each token, 1 where it is), then `tokenizer.json` and `manifest.json`.
-Each document ends with end_of_text and lies in one shard.
+`{split}-00000.documents.bin` (where each document of that shard ends, little-endian int64) and, where not every token
+is trained, `{split}-00000.trained.bin` (a byte for each token, 1 where it is), then `tokenizer.json` and
+`manifest.json`. Each document ends with end_of_text and lies in one shard.
 """
 
 from __future__ import annotations

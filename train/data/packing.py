@@ -11,8 +11,8 @@ def best_fit(lengths: np.ndarray, capacity: int, *, seed: int) -> tuple[np.ndarr
     """Which items go together into bins of `capacity`.
 
     Items are taken from the longest to the shortest, those of a length in an order drawn by `seed`, and each goes into
-    the fullest bin that has room (best-fit decreasing; for documents, arXiv 2404.10830). Bins of equal room and items of
-    equal length are handled together, so that the time is that of sorting, with memory for some numbers per item.
+    the fullest bin that has room (best-fit decreasing; for documents, arXiv 2404.10830). Bins of equal room and items
+    of equal length are handled together, so that the time is that of sorting, with memory for some numbers per item.
 
     Args:
       lengths: of the items, int [n], from 1 to `capacity`.

@@ -136,14 +136,16 @@ def _check_source(reading: tokenise.Reading, part: Part, folder: Path) -> None:
         now = reading.describe(part.source, files, content=before.bytes <= MAX_DIGEST_BYTES)
         if now.listing != before.listing:
             change = (
-                f"{before.files} files of {before.bytes} bytes are now {now.files} of {now.bytes}, or their names differ"
+                f"{before.files} files of {before.bytes} bytes are now {now.files} of {now.bytes}, or names differ"
             )
         elif now.content and now.content != before.content:
             change = "some file has other bytes than it had"
         else:
             return
     keep = "" if part.tokens else f', or set data.tokens = "{folder}" to keep it as it is'
-    raise DataError(f"the documents changed since {folder} was made from them: {change}; delete it to make it again{keep}")
+    raise DataError(
+        f"the documents changed since {folder} was made from them: {change}; delete it to make it again{keep}"
+    )
 
 
 def _matching_tokenizer(config: Data, folder: Path, manifest: Manifest) -> Tokenizer:

@@ -50,8 +50,8 @@ class Windows:
 class BestFit:
     """Rows of whole documents (`packing.best_fit`).
 
-    A document that is longer than a row is cut into rows and a rest, as if documents ended there, or with `too_long` its
-    beginning or nothing of it is kept. In a split that says what is trained, a document of which nothing is left to
+    A document that is longer than a row is cut into rows and a rest, as if documents ended there; `too_long` may have
+    its beginning or nothing of it kept. In a split that says what is trained, a document of which nothing is left to
     train is left out.
 
     Attributes:
@@ -173,8 +173,8 @@ class Rows:
         if isinstance(self.layout, BestFit):
             if self.num_rows < (needed := self._batch_size if shuffle else 1):
                 raise DataError(
-                    f"{self._shards.path} fills {self.num_rows} rows of {self._length} tokens, one batch needs {needed}; "
-                    "give more text, or a smaller batch_size or sequence_length"
+                    f"{self._shards.path} fills {self.num_rows} rows of {self._length} tokens, one batch needs "
+                    f"{needed}; give more text, or a smaller batch_size or sequence_length"
                 )
             return
         needed = self._batch_size * self._length + 1 if shuffle else 2

@@ -32,7 +32,7 @@ class ShardWriter:
         self._characters = self._bytes = self._trained = 0
 
     def add(self, ids: list[int], text: str, trained: list[bool] | None = None) -> None:
-        """Appends one document: `ids`, the tokens of `text`, and end_of_text; `trained` are flags of all, None for 1s."""
+        """Appends one document: `ids`, the tokens of `text`, and end_of_text, with the flags of all; None for all."""
         tokens = np.array([*ids, self._end_of_text], self._dtype)
         flags = np.ones(len(tokens), bool) if trained is None else np.array(trained, bool)
         if self._open and self._open.tokens + len(tokens) > MAX_SHARD_TOKENS:
@@ -147,7 +147,9 @@ class TokenShards:
     def ends(self) -> np.ndarray:
         """Where each document ends in the split, int64 [num_documents]."""
         parts = [np.empty(0, np.int64)]
-        return np.concatenate(parts + [first + ends for first, ends in zip(self._first_token, self._ends, strict=False)])
+        return np.concatenate(
+            parts + [first + ends for first, ends in zip(self._first_token, self._ends, strict=False)]
+        )
 
     def _read(self, shards: list[np.ndarray], dtype: np.dtype, start: int, stop: int) -> np.ndarray:
         if not 0 <= start <= stop <= len(self):

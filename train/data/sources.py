@@ -219,7 +219,9 @@ def rows(files: Sequence[SourceFile], tally: Tally) -> Iterator[tuple[str, dict[
             except ValueError as error:
                 tally.reject(f"{origin}: {error}")
                 continue
-            named = [(f"{origin}[{index}]", value) for index, value in enumerate(values)] if array else [(origin, values)]
+            named = (
+                [(f"{origin}[{index}]", value) for index, value in enumerate(values)] if array else [(origin, values)]
+            )
             for where, value in named:
                 if isinstance(value, dict):
                     yield where, value
