@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from qwen_jax.command import Parser
 from qwen_jax.config import DType
@@ -20,6 +21,8 @@ class Options:
       model: a published folder, a run or checkpoint folder of ours, or the name of a published model.
       allow_pickle_format: whether weights in PyTorch's own format are read.
       dtype: type of parameters and computation; None for the checkpoint's.
+      mesh: how many ways the mesh axes split the model, over the first devices; axes that are not named have size 1.
+      kv_cache: type of keys and values in the cache; None for that of the computation.
       sparse_prefill: prompts of more tokens are taken in with sparse attention; None for full attention.
       format: name of a chat format; None for the model's own.
       thinking: False closes an empty thought before every answer.
@@ -33,6 +36,8 @@ class Options:
     model: str
     allow_pickle_format: bool
     dtype: DType | None
+    mesh: Mapping[str, int]
+    kv_cache: Literal["int8"] | None
     sparse_prefill: int | None
     format: str | None
     thinking: bool
@@ -138,6 +143,8 @@ FULL_ROWS = 4
 
 DEFAULT_TOOL_ROUNDS = 8
 
+MESH_AXES = ("tensor", "expert")  # those that make a step faster; others would only repeat the model
+
 MOST_GUESSES = 64  # as one step is as wide as its guesses for every row
 
 EXIT_CODES = (
@@ -203,6 +210,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     add("--allow-pickle-format", action="store_true", help="read weights in PyTorch's own format, too")
     add("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the checkpoint's)")
+    add(
+        "--mesh",
+        metavar="AXES",
+        type=_mesh,
+        default={},
+        help="how many ways to split the model, and so how many devices to take: tensor=4, or tensor=4,expert=2 for a "
+        "mixture of experts (default: one device)",
+    )
+    add("--kv-cache", choices=["int8"], help="keep keys and values in int8, for twice as many (default: as computed)")
     add(
         "--sparse-prefill",
         metavar="TOKENS",
@@ -384,3 +400,15 @@ def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
         return value
 
     return integer
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """AXIS=SIZE,AXIS=SIZE as sizes by axis."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in MESH_AXES or axis in sizes or not (size.isdecimal() and int(size)):
+            wanted = " or ".join(f"{name}=N" for name in MESH_AXES)
+            raise argparse.ArgumentTypeError(f"{part!r} in {text!r}: wanted {wanted}, each once, N at least 1")
+        sizes[axis] = int(size)
+    return sizes

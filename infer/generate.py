@@ -136,7 +136,7 @@ def _capacity(lengths: Sequence[int], max_rows: int) -> Capacity:
 
 def _digest(options: Generate, opened: Opened, limit: int) -> str:
     """Of all that completions depend on beside their prompts."""
-    names = ("n", "seed", "stop", "control_tokens", "dtype", "sparse_prefill", "format", "thinking")
+    names = ("n", "seed", "stop", "control_tokens", "dtype", "kv_cache", "sparse_prefill", "format", "thinking")
     what = {name: getattr(options, name) for name in names}
     what |= dict(model=str(opened.model.path), limit=limit, sampling=dataclasses.asdict(opened.sampling))
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 
 import jax
+from jax.sharding import Mesh
 
 from infer.config import DEFAULT_LENGTH, Options
 from infer.terminal import warn
@@ -17,6 +19,8 @@ from qwen_jax.text.chat import FORMATS, Format
 from qwen_jax.text.template import JinjaFormat
 from qwen_jax.weights.source import NativeCheckpoint, PublishedFolder, open_model
 from qwen_jax.weights.usage import GENERATION, Usage, read_usage
+
+INT8_PAGE = 128  # tokens
 
 FIELDS = {x.name for x in dataclasses.fields(Sampling)} & {x.name for x in dataclasses.fields(Options)}
 
@@ -58,14 +62,34 @@ class Opened:
         return max_length or min(max_position, DEFAULT_LENGTH)
 
     def load(self, capacity: Capacity) -> Engine:
-        """The engine, on the first device."""
+        """The engine, on the devices of --mesh."""
         options = self.options
-        where = dict(mesh=make_mesh(devices=jax.devices()[:1]), dtype=options.dtype)
+        where = dict(mesh=self._mesh(), dtype=options.dtype)
+        if options.kv_cache == "int8":
+            # Pages of int8 are larger, and the last one of each row is half empty.
+            tokens = capacity.cache_tokens and capacity.cache_tokens + capacity.max_rows * INT8_PAGE
+            capacity = dataclasses.replace(capacity, int8=True, page_size=INT8_PAGE, cache_tokens=tokens)
         speculate = None if options.prompt_lookup is None else PromptLookup(num_guesses=options.prompt_lookup)
         if self.draft is not None:
             speculate = load_draft(self.draft, self.tokenizer, **where, num_guesses=options.draft_tokens)
         sparse = None if options.sparse_prefill is None else VerticalSlash(threshold=options.sparse_prefill)
         return load(self.model, self.tokenizer, **where, capacity=capacity, sparse=sparse, speculate=speculate)
+
+    def _mesh(self) -> Mesh:
+        """The first devices. Raises ConfigError if they are too few, or cannot share the models evenly."""
+        sizes, devices = self.options.mesh, jax.devices()
+        given, wanted = ",".join(f"{axis}={size}" for axis, size in sizes.items()), math.prod(sizes.values())
+        if wanted > len(devices):
+            raise ConfigError(f"--mesh {given} takes {wanted} devices, and there are {len(devices)}")
+        for model in filter(None, (self.model, self.draft)):
+            experts, fitting = model.config.moe.num_experts if model.config.moe else 1, model.config.tensor_sizes
+            if experts % sizes.get("expert", 1):
+                number = experts if model.config.moe else "no"
+                raise ConfigError(f"--mesh {given}: {model.path} has {number} experts to share evenly")
+            if sizes.get("tensor", 1) not in fitting:
+                can_be = ", ".join(map(str, fitting))
+                raise ConfigError(f"--mesh {given}: {model.path} cannot be split so; tensor can be {can_be}")
+        return make_mesh(**sizes, devices=devices[:wanted])
 
     def report(self) -> None:
         """One line on stderr, if any default is the model's."""

@@ -292,6 +292,13 @@ class ModelConfig:
             raise ConfigError(f"{name}={getattr(self, name)} and DualChunk cannot be combined; no model has both")
 
     @property
+    def tensor_sizes(self) -> list[int]:
+        """The sizes that the mesh axis `tensor` may have: those that split heads, widths and vocabulary evenly."""
+        inner = (self.moe.expert_width, self.moe.shared_width) if self.moe else (self.mlp_width,)
+        split, kv = math.gcd(self.num_heads, *inner, self.vocab_size), self.num_kv_heads
+        return [size for size in range(1, split + 1) if split % size == 0 and (kv % size == 0 or size % kv == 0)]
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the whole model; a tied head counts once."""
         d, h = self.width, self.head_dim

@@ -37,13 +37,6 @@ def _weighted(source: Source | Mixture, weights: tuple[float, ...]) -> Mixture:
     return Mixture(parts=tuple(dataclasses.replace(part, weight=weight) for part, weight in parts))
 
 
-def tensor_sizes(model: ModelConfig) -> list[int]:
-    """The sizes that the mesh axis `tensor` may have for a model."""
-    inner = (model.moe.expert_width, model.moe.shared_width) if model.moe else (model.mlp_width,)
-    split, kv = math.gcd(model.num_heads, *inner, model.vocab_size), model.num_kv_heads
-    return [size for size in range(1, split + 1) if split % size == 0 and (kv % size == 0 or size % kv == 0)]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Zoo:
     """A published model by name: its shape, not its weights.
@@ -339,7 +332,7 @@ class TrainConfig:
                 f"'float32' and set model.dtype='bfloat16' for bfloat16 matmuls"
             )
         self._check_experts()
-        can_be = ", ".join(map(str, tensor_sizes(model)))
+        can_be = ", ".join(map(str, model.tensor_sizes))
         for name in ("num_heads", "mlp_width", "vocab_size"):
             if getattr(model, name) % mesh.tensor:
                 raise ConfigError(
@@ -374,7 +367,7 @@ class TrainConfig:
             if getattr(moe, name) % mesh.tensor:
                 raise ConfigError(
                     f"model.moe.{name}={getattr(moe, name)} must be a multiple of mesh.tensor={mesh.tensor}; "
-                    f"it can be {', '.join(map(str, tensor_sizes(self.model_config)))}"
+                    f"it can be {', '.join(map(str, self.model_config.tensor_sizes))}"
                 )
 
     def _check_stages(self) -> None:

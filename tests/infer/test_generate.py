@@ -97,6 +97,19 @@ def test_greedy_does_not_depend_on_the_seed_and_bfloat16_runs(command):
     assert code == 0 and "9 tokens" in err
 
 
+def test_several_devices_make_the_same_completion_and_the_cache_may_be_int8(command, monkeypatch):
+    given, made = [], []
+    monkeypatch.setattr(infer.model, "load", lambda *a, **k: given.append((k["mesh"], k["capacity"])) or load(*a, **k))
+    for asked in ([], ["--mesh", "tensor=2"], ["--kv-cache", "int8"]):
+        code, out, err = command("--prompt", "low", *SHORT, *asked)
+        assert code == 0 and err.startswith("9 tokens"), err
+        made.append(out)
+    assert made[0] == made[1]
+    assert [(mesh.shape["tensor"], mesh.size, capacity.int8) for mesh, capacity in given] == [
+        (1, 1, False), (2, 2, False), (1, 1, True)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("asked, threshold", [(["--sparse-prefill", "64"], 64), ([], None)])
 @pytest.mark.parametrize(
     "program", [["generate", "--prompt", "low", "--max-new-tokens", "1"], ["chat", "--format", "qwen2"]]
@@ -153,6 +166,11 @@ def test_interruption_keeps_what_was_made(command, tmp_path, monkeypatch):
         (["--prompt", "a", "--seed", "-1"], 2, "--seed: -1 must be 0 or more"),
         (["--prompt", "a", "--seed", str(2**32)], 2, "at most 4294967295"),
         (["--prompt", "a", "--sparse-prefill", "63"], 2, "--sparse-prefill: 63 must be 64 or more"),
+        (["--prompt", "a", "--mesh", "tensor=16"], 2, "--mesh tensor=16 takes 16 devices, and there are 8"),
+        (["--prompt", "a", "--mesh", "tensor=3"], 2, "--mesh tensor=3: .* cannot be split so; tensor can be 1, 2, 4"),
+        (["--prompt", "a", "--mesh", "expert=2"], 2, "--mesh expert=2: .* has no experts to share"),
+        (["--prompt", "a", "--mesh", "data=2"], 2, "--mesh: 'data=2' in 'data=2': wanted tensor=N or expert=N"),
+        (["--prompt", "a", "--mesh", "tensor=0"], 2, "--mesh: 'tensor=0' in 'tensor=0': wanted tensor=N"),
         (["--prompt", "a", "--n", "x"], 2, "--n: invalid integer value: 'x'"),
         (["--prompt", "a", "--temp", "1"], 2, "unrecognized arguments: --temp 1"),
         (["--prompt", "a", "--max-new-tokens", "64"], 3, "--prompt 1: .* 1 tokens and 64 new ones.*at most 63"),

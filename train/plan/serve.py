@@ -8,7 +8,6 @@ from typing import Any
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import ConfigError
-from train.config import tensor_sizes
 from train.plan import formulas
 from train.plan.chips import GIB
 from train.plan.topology import Topology
@@ -45,7 +44,7 @@ class Serving:
 def plan(config: ModelConfig, topology: Topology) -> list[Serving]:
     """Every way to split the model's heads within a slice. Raises ConfigError if it fits in none."""
     devices = topology.num_devices // topology.slices
-    found = [_serving(config, topology, size) for size in tensor_sizes(config) if devices % size == 0]
+    found = [_serving(config, topology, size) for size in config.tensor_sizes if devices % size == 0]
     fitting = [serving for serving in found if serving.tokens > 0]
     if not fitting:
         most, weights = found[-1].tensor, formulas.BF16 * config.num_parameters

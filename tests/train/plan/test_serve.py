@@ -6,7 +6,6 @@ import pytest
 
 from qwen_jax import zoo
 from qwen_jax.errors import ConfigError
-from train.config import tensor_sizes
 from train.plan import serve
 from train.plan.topology import parse
 
@@ -22,7 +21,7 @@ def test_decoding_one_row_is_reading_the_weights(name, topology, one):
 def test_serving_more_devices_hold_more_cache():
     config, topology = zoo.published("Qwen2.5-7B"), parse("v5e:2x2")
     found = serve.plan(config, topology)
-    assert [each.tensor for each in found] == [1, 2, 4] and set(tensor_sizes(config)) >= {1, 2, 4}
+    assert [each.tensor for each in found] == [1, 2, 4] and set(config.tensor_sizes) >= {1, 2, 4}
     assert [each.tokens for each in found] == sorted(each.tokens for each in found)
     for each in found:
         for context, (rows, _) in each.batches.items():
