@@ -2,7 +2,8 @@
 
     python benchmarks/generate_cpu.py
 
-The peer decodes in a loop of its own forward passes, without the overhead of its `generate()`: its best setting.
+The peer decodes in a loop of its own forward passes, without the overhead of its `generate()`: its best setting. A
+step of one row has to read all weights: `reads` is how often the cores could read them in its time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from side_by_side import (
     median_seconds,
     one_side,
     our_config,
+    read_bandwidth,
     require,
     seconds_per_step,
     torch_model,
@@ -46,7 +48,8 @@ def ours(dtype: str) -> dict[str, float]:
     for rows in BATCHES:
         seconds_per_step(engine, prompts(rows, PROMPT), NEW)
         figures[f"decode{rows}"] = min(seconds_per_step(engine, prompts(rows, PROMPT), NEW) for _ in range(2))
-    return figures
+    bandwidth, size = read_bandwidth(), sum(x.nbytes for x in jax.tree.leaves(params))
+    return figures | {"bandwidth": bandwidth / 1e9, "reads": figures["decode1"] * bandwidth / size}
 
 
 def theirs(dtype: str) -> dict[str, float]:
@@ -93,6 +96,10 @@ BARS = [
     bar("prefill", "bfloat16", 1.0, False),
     *(bar(f"decode{rows}", "float32", 2.0, True) for rows in BATCHES),
     *(bar(f"decode{rows}", "bfloat16", 1.0, True) for rows in BATCHES),
+    *(
+        Bar(f"decode1_{dtype}_bandwidth", [f"ours {dtype}"], [], "reads", 0.6, higher_is_better=True)
+        for dtype in ("float32", "bfloat16")
+    ),
 ]
 
 if __name__ == "__main__":
@@ -100,4 +107,5 @@ if __name__ == "__main__":
     require("torch", "transformers")
     units = {"prefill": f"seconds for a prompt of {PREFILL} tokens, its first new token included"}
     units |= {f"decode{rows}": f"seconds per greedy step of {rows} rows after {PROMPT} tokens" for rows in BATCHES}
+    units |= {"bandwidth": "GB/s of a big array, by all cores", "reads": "how often they read the weights in decode1"}
     raise SystemExit(compare(list(SIDES), BARS, rounds=2, units=units))

@@ -134,7 +134,19 @@ def median_seconds(call: Callable[[], object], *, times: int, warm_up: int = 1) 
     return statistics.median(seconds)
 
 
-def torch_model(dtype: str):
+def read_bandwidth() -> float:
+    """Bytes per second that `THREADS` cores read together, of arrays that no cache holds."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import numpy as np
+
+    arrays = [np.ones(2**25, np.int64) for _ in range(THREADS)]
+    with ThreadPoolExecutor(THREADS) as threads:
+        seconds = [median_seconds(lambda: list(threads.map(np.sum, arrays)), times=1) for _ in range(9)]
+    return sum(array.nbytes for array in arrays) / min(seconds)
+
+
+def torch_model(dtype: str, *, num_layers: int = SHAPE["num_layers"]):
     """The peer's model of `SHAPE`, on `THREADS` threads."""
     import torch
     import transformers
@@ -147,7 +159,7 @@ def torch_model(dtype: str):
         num_attention_heads=SHAPE["num_heads"],
         num_key_value_heads=SHAPE["num_kv_heads"],
         intermediate_size=SHAPE["mlp_width"],
-        num_hidden_layers=SHAPE["num_layers"],
+        num_hidden_layers=num_layers,
         vocab_size=SHAPE["vocab_size"],
         tie_word_embeddings=True,
         max_position_embeddings=4096,
