@@ -154,7 +154,8 @@ class QuantizedTensors:
         return outputs, inputs
 
     def _check(self, name: str) -> None:
-        """Raises ModelError, the first time, unless groups are of neighbouring inputs and zeros where they belong."""
+        """Raises ModelError, the first time, unless groups are of neighbouring inputs, scales are finite, and zeros where
+        they belong."""
         if name in self._seen:
             return
         how, (outputs, inputs) = self.of(name), self._shapes[name]
@@ -165,6 +166,11 @@ class QuantizedTensors:
                     "which is not read: take a model with neighbouring inputs in a group"
                 )
         groups = slice(0, how.groups(inputs))
+        if not np.isfinite(self.scales(name, groups, slice(0, outputs)).astype(np.float32)).all():
+            raise ModelError(
+                f"{self._files.where(self._part(name, 'scales'))} has scales that are infinite or no numbers: "
+                "is the file damaged? Download it again"
+            )
         if how.symmetric and self.zeros(name, groups, slice(0, outputs)).any():
             raise ModelError(
                 f"{self._files.where(self._part(name, 'qzeros'))} has zeros that are not {how.middle}, and config.json "

@@ -155,6 +155,7 @@ ONES = 0x11111111  # one in each number of a word
         ),
         (GPTQ, lambda f: spoil(f, f"{UP}.g_idx", lambda x: x[::-1].copy()), "desc_act"),
         (GPTQ, lambda f: spoil(f, f"{UP}.scales", lambda x: None), f"{UP}.scales is missing"),
+        (GPTQ, lambda f: spoil(f, f"{UP}.scales", lambda x: np.full_like(x, np.inf)), "infinite or no numbers"),
         (GPTQ, lambda f: spoil(f, f"{UP}.qweight", lambda x: x.astype(np.float32)), "is float32.* for int32"),
         (GPTQ, lambda f: spoil(f, "model.layers.0.mlp.down_proj.bias", lambda x: x + 1), "is not zero"),
     ],
