@@ -19,7 +19,7 @@ from qwen_jax.ops.sampling import Sampling, Stages
 _STEP = 4
 _SHORTEST = 32
 # Where padding costs what tokens cost:
-_MANY, _STEP_OF_MANY = 16, 2  # rows
+_MANY, _STEP_OF_MANY = 4, 2  # rows
 _LEAST_FULL = 0.75  # a piece; one that would be less so is cut
 
 _IDLE = Sampling(temperature=0)
