@@ -18,8 +18,19 @@ STOP_TOKENS = (
 )
 
 
-def fill_in_the_middle(prefix: str, suffix: str) -> list[Piece]:
-    """The prompt whose completion belongs between `prefix` and `suffix`: prefix, suffix, middle, as published."""
+def fill_in_the_middle(prefix: str, suffix: str, *, suffix_first: bool = False) -> list[Piece]:
+    """The prompt whose completion belongs between `prefix` and `suffix`: prefix, suffix, middle, as published.
+
+    With `suffix_first` it goes on with the prefix (SPM as it is trained beside PSM, arXiv 2207.14255).
+    """
+    if suffix_first:
+        return [
+            _token("fim_prefix"),
+            _token("fim_suffix"),
+            Piece(text=suffix),
+            _token("fim_middle"),
+            Piece(text=prefix),
+        ]
     return [_token("fim_prefix"), Piece(text=prefix), _token("fim_suffix"), Piece(text=suffix), _token("fim_middle")]
 
 

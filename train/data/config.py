@@ -16,6 +16,34 @@ ChatFormat = Literal[
 ]
 
 
+CODE = (
+    ".c .cc .cpp .cs .css .cu .dart .ex .go .h .hpp .hs .html .java .jl .js .jsx .kt .lua .m .ml .php .pl .py .r .rb .rs "
+    ".scala .sh .sql .swift .ts .tsx .vue .zig"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FillInTheMiddle:
+    """Documents in three parts, of which the middle comes last, as Qwen2.5-Coder writes them; all of it is trained.
+
+    Where a document is cut, if it is, depends on the seed and its text alone: at two characters, each as likely.
+
+    Attributes:
+      rate: fraction of the documents.
+      spm: of these, the fraction in which the suffix comes first (SPM), not the prefix (PSM; see arXiv 2207.14255).
+      extensions: of the files that it is for; () for every document. JSON lines are of no file of their own.
+    """
+
+    rate: float = 0.5
+    spm: float = 0.5
+    extensions: tuple[str, ...] = tuple(CODE.split())
+
+    def __post_init__(self) -> None:
+        for name in ("rate", "spm"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be a fraction: between 0 and 1")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
     """Text files and JSON lines.
@@ -25,11 +53,15 @@ class Text:
         .jsonl or .json, .gz or not, hold one JSON object per line; any other file is one document.
       pattern: limits a directory, e.g. "**/*.py"; empty for every file.
       field: the key of the text in a JSON object.
+      fim: documents with their middle at the end; None for none.
+      repositories: files of one folder of `path` are one document, in the form in which Qwen2.5-Coder reads repositories.
     """
 
     path: str
     pattern: str = ""
     field: str = "text"
+    fim: FillInTheMiddle | None = None
+    repositories: bool = False
 
     def __post_init__(self) -> None:
         _check_path(self.path, self.pattern)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,19 +126,20 @@ def _check_source(reading: tokenise.Reading, part: Part, folder: Path) -> None:
     Of a folder that the config names only the chat format counts: the model is served with it.
     """
     before, options = Manifest.read(folder).source, reading.options(part.source)
-    names = ["format"] if part.tokens else list(options)
-    changed = [name for name in names if name in options and before.options.get(name, options[name]) != options[name]]
+    # What a folder says nothing of is of a later release, and was as it is by default.
+    fields = dataclasses.fields(part.source)
+    default = {field.name: json.dumps(field.default) for field in fields if field.default is not dataclasses.MISSING}
+    was = options | {name: value for name, value in default.items() if name in options} | before.options
+    changed = [name for name in (["format"] if part.tokens else list(options)) if was.get(name) != options.get(name)]
     if changed:
-        change = f"their {changed[0]} was {before.options[changed[0]]} and is {options[changed[0]]}"
+        change = f"their {changed[0]} was {was[changed[0]]} and is {options[changed[0]]}"
     elif part.tokens:
         return
     else:
         files = sources.find_files(part.source, reading.report)
         now = reading.describe(part.source, files, content=before.bytes <= MAX_DIGEST_BYTES)
         if now.listing != before.listing:
-            change = (
-                f"{before.files} files of {before.bytes} bytes are now {now.files} of {now.bytes}, or names differ"
-            )
+            change = f"{before.files} files of {before.bytes} bytes are now {now.files} of {now.bytes}, or names differ"
         elif now.content and now.content != before.content:
             change = "some file has other bytes than it had"
         else:

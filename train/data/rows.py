@@ -161,6 +161,12 @@ class Rows:
         pieces = np.array([[self._piece(index)] for index in indices], np.int32).reshape(-1, 1)
         return window.labelled(self._shards.end_of_text, pieces)
 
+    @property
+    def trained_fraction(self) -> float:
+        """Of the tokens, those that are trained."""
+        trained = self._shards.num_trained
+        return 1.0 if trained is None else trained / len(self._shards)
+
     def _piece(self, index: int) -> int:
         """Tokens of the pieces of a row of the stream."""
         if self._full_length == 1:

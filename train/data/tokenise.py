@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from qwen_jax.errors import DataError, FileError
+from qwen_jax.errors import ConfigError, DataError, FileError
 from qwen_jax.text import Tokenizer, train_bpe
-from train.data import conversations, manifest, sources
-from train.data.config import Conversations, Data, Part, PythonStdlib, Source, TokenizerFile
+from qwen_jax.text.tools import CALL_TAGS, THOUGHT_TAGS
+from train.data import code, conversations, manifest, sources
+from train.data.config import Conversations, Data, Part, PythonStdlib, Source, Text, TokenizerFile
 from train.data.conversations import ChatFormat
 from train.data.documents import Document, encode
 from train.data.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, Split, to_disk
@@ -56,6 +57,8 @@ class Reading:
             return conversations.documents(files, source, self.chat.form, tally)
         field = "" if isinstance(source, PythonStdlib) else source.field
         texts = sources.documents(files, field=field, tally=tally)
+        if isinstance(source, Text) and (source.fim or source.repositories):
+            return code.documents(texts, files, source, seed=self.seed)
         return (Document(origin=origin, text=text) for origin, text in texts)
 
     def tally(self, source: Source) -> Tally:
@@ -107,6 +110,7 @@ def _write(reading: Reading, part: Part, folder: Path, tokenizer: Tokenizer) -> 
     files = sources.find_files(part.source, reading.report)
     source = reading.describe(part.source, files)
     reading.report(f"source: {source.files:,} files, {source.bytes / 1e6:.1f} MB, {source.description}")
+    check_tokens(part.source, reading, tokenizer)
     dtype = "uint16" if tokenizer.num_tokens <= MAX_UINT16_TOKENS else "uint32"
     splits = _write_shards(reading, part, folder, files, tokenizer, dtype)
     sources.check_unchanged(files)
@@ -122,6 +126,21 @@ def _write(reading: Reading, part: Part, folder: Path, tokenizer: Tokenizer) -> 
         held_out=reading.config.held_out,
         splits=splits,
     ).write(folder)
+
+
+def check_tokens(source: Source, reading: Reading, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError for a tokenizer without a token that is written; tags that can be spelled are reported."""
+    needed = code.control_tokens(source) if isinstance(source, Text) else ()
+    if missing := [token for token in needed if token not in tokenizer.control]:
+        raise ConfigError(
+            f"the tokenizer has no token {missing[0]}, which data.source writes; take one that has it, or with @TrainBPE "
+            f"set data.tokenizer.extra_tokens = {needed}"
+        )
+    if isinstance(source, Conversations) and reading.chat:
+        form = reading.chat.form
+        tags = (*(CALL_TAGS if form.tools else ()), *(THOUGHT_TAGS if form.thinks else ()))
+        if spelled := [tag for tag in tags if tag not in tokenizer.control]:
+            reading.report(f"tokens: {', '.join(spelled)} are no tokens of the tokenizer and are spelled in characters")
 
 
 def _write_shards(
