@@ -17,8 +17,8 @@ ChatFormat = Literal[
 
 
 CODE = (
-    ".c .cc .cpp .cs .css .cu .dart .ex .go .h .hpp .hs .html .java .jl .js .jsx .kt .lua .m .ml .php .pl .py .r .rb .rs "
-    ".scala .sh .sql .swift .ts .tsx .vue .zig"
+    ".c .cc .cpp .cs .css .cu .dart .ex .go .h .hpp .hs .html .java .jl .js .jsx .kt .lua .m .ml .php .pl .py .r .rb "
+    ".rs .scala .sh .sql .swift .ts .tsx .vue .zig"
 )
 
 
@@ -54,7 +54,7 @@ class Text:
       pattern: limits a directory, e.g. "**/*.py"; empty for every file.
       field: the key of the text in a JSON object.
       fim: documents with their middle at the end; None for none.
-      repositories: files of one folder of `path` are one document, in the form in which Qwen2.5-Coder reads repositories.
+      repositories: the files of a folder in `path` are one document, as Qwen2.5-Coder reads repositories.
     """
 
     path: str
@@ -135,7 +135,7 @@ class Part:
 class Mixture:
     """Several sources, each read in an order of its own, as often as its weight says."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
         names = [part.name for part in self.parts]

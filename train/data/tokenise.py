@@ -133,8 +133,8 @@ def check_tokens(source: Source, reading: Reading, tokenizer: Tokenizer) -> None
     needed = code.control_tokens(source) if isinstance(source, Text) else ()
     if missing := [token for token in needed if token not in tokenizer.control]:
         raise ConfigError(
-            f"the tokenizer has no token {missing[0]}, which data.source writes; take one that has it, or with @TrainBPE "
-            f"set data.tokenizer.extra_tokens = {needed}"
+            f"the tokenizer has no token {missing[0]}, which data.source writes; take one that has it, or with "
+            f"@TrainBPE set data.tokenizer.extra_tokens = {needed}"
         )
     if isinstance(source, Conversations) and reading.chat:
         form = reading.chat.form
