@@ -11,10 +11,10 @@ from typing import Any, TextIO
 
 from infer.config import Generate
 from infer.prompts import Prompt
-from infer.resumable import ResumableFile
 from infer.terminal import faint, safe, warn
 from qwen_jax.engine import Completion
 from qwen_jax.errors import FileError
+from qwen_jax.resumable import ResumableFile
 
 
 @dataclasses.dataclass(frozen=True)

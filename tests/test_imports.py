@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # A layer may import those before it, and the leaves.
 LAYERS = ["kernels", "ops", "model", "weights", "engine"]
-LEAVES = {"errors", "command", "config", "sharding", "bindings", "zoo", "text", "sandbox"}
+LEAVES = {"errors", "command", "resumable", "config", "sharding", "bindings", "zoo", "text", "sandbox"}
 ONLY_IN = {
     "flax": ["qwen_jax/model"],
     "optax": ["train"],

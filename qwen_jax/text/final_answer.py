@@ -35,7 +35,9 @@ _SPELLINGS = [
 _TEXT = r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}"
 _TEXTS = re.compile(_TEXT)
 _TEXT_UNIT = re.compile(rf"(.*\S)\s*{_TEXT}(?:\^\{{?[23]\}}?)?", re.DOTALL)
-_WORD_UNIT = re.compile(r"([-+]?[\d.][\d.,/ ]*)\s*((?!pi\b|sqrt\b)[a-zA-Z一-鿿]{2,}[^\d=+*]*(?:\^\{?[23]\}?|(?<=[a-z])[23])?|[一-鿿])")
+_WORD_UNIT = re.compile(
+    r"([-+]?[\d.][\d.,/ ]*)\s*((?!pi\b|sqrt\b)[a-zA-Z一-鿿]{2,}[^\d=+*]*(?:\^\{?[23]\}?|(?<=[a-z])[23])?|[一-鿿])"
+)
 _NAMED = re.compile(r"[a-zA-Z]\s*=(.*)", re.DOTALL)
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?%?")
 _MIXED = re.compile(r"([-+]?)(\d+)\s+(\d+)\s*/\s*(\d+)")

@@ -1,7 +1,7 @@
-"""A file of completions that a run which was killed goes on with: rows are appended as they are done.
+"""A file of JSON lines that a run which was killed goes on with: rows are appended as they are done.
 
-The end of each row is a digest of what its tokens depend on beside its prompt. Once all rows are there, they are put
-into the order of the input.
+The end of each row is a digest of what it depends on beside its input. Once all rows are there, they are put into the
+order of the input.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ResumableFile:
         Args:
           path: of the file, which is made if there is none.
           total: rows there will be.
-          n: row i is sample i % n of the prompt i // n.
+          n: row i is sample i % n of the input i // n.
           head: what the line of a row begins with.
           digest: see above.
           overwrite: whether all that is there is removed.
@@ -66,6 +66,11 @@ class ResumableFile:
         self._places[number] = self._file.seek(0, os.SEEK_END)
         self._file.write((json.dumps(row, ensure_ascii=False)[:-1] + ", " + self._end).encode())
         self._file.flush()
+
+    def read(self, number: int) -> dict[str, Any]:
+        """A row that is there."""
+        self._file.seek(self._places[number])
+        return json.loads(self._file.readline())
 
     def sort(self) -> None:
         """Puts the rows, all of which must be there, into their order; the file is the old or the new one, whole."""
@@ -102,7 +107,7 @@ class ResumableFile:
                 wrong = "is there twice"
             if wrong is not None:
                 raise DataError(
-                    f"{self._path}:{count}: this row {wrong}; choose another --output, or --overwrite this one"
+                    f"{self._path}:{count}: this row {wrong}; choose another output, or --overwrite this one"
                 )
             if line.endswith(b"\n"):
                 places[number] = end
@@ -116,14 +121,14 @@ class ResumableFile:
         found = _NUMBERS.match(line)
         if found is None:
             ours = not whole and any(self._head(number).startswith(line) for number in range(self._total))
-            return -1, None if ours else "is no completion"
+            return -1, None if ours else "is none of such a file"
         index, sample = map(int, found.groups())
         number = index * self._n + sample
         if sample >= self._n or number >= self._total:
-            return -1, f"is for sample {sample} of prompt {index}, and there is none"
+            return -1, f"is for sample {sample} of input {index}, and there is none"
         head = self._head(number)
         if not (line.startswith(head) or not whole and head.startswith(line)):
-            return number, f"is for another prompt than number {index}"
+            return number, f"is for another input than number {index}"
         if whole and not line.endswith(self._end.encode()):
             return number, "was made by another model, with another seed or other options"
         return number, None
