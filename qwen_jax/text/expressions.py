@@ -36,7 +36,7 @@ def values(text: str) -> tuple[Number, ...] | None:
     """
     if len(text) > MAX_CHARACTERS:
         return None
-    tokens = [_SIGNS.get(token, token) for token in _TOKEN.findall(text)]
+    tokens = [_SIGNS.get(match[0], match[0]) for match in _TOKEN.finditer(text)]
     try:
         return tuple(_Parser(tokens, point).whole() for point in _POINTS)
     except (_Unknown, ArithmeticError, ValueError):

@@ -42,9 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--print", action="store_true", help="show the resolved config and where each value is from")
     parser.add_argument("--overwrite", action="store_true", help="begin the output anew, whatever is in it")
     options = parser.parse_args(arguments)
-    config, provenance = bindings.resolve(
-        Synthesis, [*bindings.read(options.config), *bindings.parse_set(options.set)]
-    )
+    config, provenance = bindings.resolve(Synthesis, [*bindings.read(options.config), *bindings.parse_set(options.set)])
     if options.print:
         print(bindings.render(config, provenance), end="")
         return 0

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import jax
 
@@ -80,6 +80,10 @@ def open_for(config: Model, *, warn: Callable[[str], None]) -> Opened:
     )
 
 
+# Number of a row, of the time it asks, and of the question.
+Key = tuple[int, int, int]
+
+
 class Asker:
     """Asks the model, and gives answers by the keys they were asked with.
 
@@ -89,8 +93,8 @@ class Asker:
 
     def __init__(self, opened: Opened, engine: Engine, *, seed: int) -> None:
         self._opened, self._engine, self._seed = opened, engine, seed
-        self._running: dict[int, tuple[Hashable, ChatCompletion, list[str], list[str]]] = {}
-        self._ready: deque[tuple[Hashable, Answer]] = deque()
+        self._running: dict[int, tuple[Key, ChatCompletion, list[str], list[str]]] = {}
+        self._ready: deque[tuple[Key, Answer]] = deque()
         self.prompt_tokens = self.new_tokens = 0
 
     @property
@@ -98,7 +102,7 @@ class Asker:
         """Whether anything was asked that is not answered."""
         return bool(self._running or self._ready)
 
-    def add(self, key: Hashable, ask: Ask) -> None:
+    def add(self, key: Key, ask: Ask) -> None:
         """Asks; what is drawn depends on the seed and on repr(key) alone. Raises DataError for a chat of no form."""
         opened, form = self._opened, self._opened.form
         thinking = None if opened.config.thinking else False
@@ -128,7 +132,7 @@ class Asker:
         self._running[self._engine.add(request)] = key, completion, [], []
         self.prompt_tokens += len(ids)
 
-    def step(self) -> list[tuple[Hashable, Answer]]:
+    def step(self) -> list[tuple[Key, Answer]]:
         """The next step of the model, and the answers that end with it."""
         answers = list(self._ready)
         self._ready.clear()

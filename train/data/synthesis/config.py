@@ -11,6 +11,24 @@ from qwen_jax.errors import ConfigError
 WAYS = ("constrain", "deepen", "concretise", "broaden")
 
 
+def _not_empty(section: object, *names: str) -> None:
+    for name in names:
+        value: Sequence[object] = getattr(section, name)
+        if not value or (not isinstance(value, str) and "" in value):
+            raise ConfigError(f"{name}={value!r} names nothing")
+
+
+def _at_least(section: object, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) < least:
+            raise ConfigError(f"{name}={getattr(section, name)} must be at least {least}")
+
+
+def _fraction(section: object, name: str) -> None:
+    if not 0 < getattr(section, name) <= 1:
+        raise ConfigError(f"{name}={getattr(section, name)} must be a fraction: above 0, and 1 at most")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     """The model that is asked, and how it answers.
@@ -275,21 +293,3 @@ class Synthesis:
             raise ConfigError(f"stage=@{name} asks a model; bind model.path")
         if not isinstance(self.stage, _ASKING) and self.model is not None:
             raise ConfigError(f"model: stage @{name} asks none; leave it out")
-
-
-def _not_empty(section: object, *names: str) -> None:
-    for name in names:
-        value: Sequence[object] = getattr(section, name)
-        if not value or (not isinstance(value, str) and "" in value):
-            raise ConfigError(f"{name}={value!r} names nothing")
-
-
-def _at_least(section: object, least: int, *names: str) -> None:
-    for name in names:
-        if getattr(section, name) < least:
-            raise ConfigError(f"{name}={getattr(section, name)} must be at least {least}")
-
-
-def _fraction(section: object, name: str) -> None:
-    if not 0 < getattr(section, name) <= 1:
-        raise ConfigError(f"{name}={getattr(section, name)} must be a fraction: above 0, and 1 at most")

@@ -12,34 +12,36 @@ _POLL_SECONDS = 0.5  # for progress to be shown
 
 
 class _Row:
-    """The work on one row, and the answers that it waits for."""
+    """The work on one row, and the answers that it waits for.
+
+    Attributes:
+      round: how often it has asked.
+    """
 
     def __init__(self, index: int, work: Work) -> None:
-        self.index = index
+        self.index, self.round = index, 0
         self._work = work
-        self.asked = 0
-        self._answers: list[Answer | None] | None = None
-        self._left = 0
+        self._answers: dict[int, Answer] = {}
+        self._wanted = 0
 
     def go_on(self) -> list[Ask] | Outcome:
         """What it asks next, or what came of it."""
         try:
-            if self._answers is None:
+            if not self.round:
                 return list(next(self._work))
-            return list(self._work.send([answer for answer in self._answers if answer is not None]))
+            return list(self._work.send([self._answers[place] for place in range(self._wanted)]))
         except StopIteration as end:
             return end.value
 
     def expect(self, count: int) -> None:
         """Waits for so many answers."""
-        self._answers, self._left = [None] * count, count
+        self.round += 1
+        self._answers, self._wanted = {}, count
 
     def take(self, place: int, answer: Answer) -> bool:
         """Takes an answer; whether it was the last."""
-        assert self._answers is not None
         self._answers[place] = answer
-        self._left -= 1
-        return not self._left
+        return len(self._answers) == self._wanted
 
 
 def drive(
@@ -85,8 +87,7 @@ def drive(
                         row.expect(len(said))
                         asking[row.index] = row
                         for place, ask in enumerate(said):
-                            asker.add((row.index, row.asked, place), ask)
-                            row.asked += 1
+                            asker.add((row.index, row.round, place), ask)
                     else:
                         row.expect(0)
                         going[pool.submit(row.go_on)] = row

@@ -25,6 +25,7 @@ class EvolveStage(Stage):
         self._config = config
         self._seed = seed
         self._ways = [Prompt(way, ["instruction"]) for way in config.ways]
+        self.prompts = self._ways
 
     def check(self, row: Row) -> None:
         rows.instruction(row, self._config.field)

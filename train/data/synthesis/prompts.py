@@ -17,6 +17,7 @@ class Prompt:
 
     Attributes:
       name: of the prompt, or of its file without the ending.
+      text: all of it.
       words: the text without its places.
     """
 
@@ -34,16 +35,16 @@ class Prompt:
         if not is_path and name not in ours:
             raise ConfigError(f"there is no prompt {name!r}; there are {', '.join(ours)}, or give a .txt file")
         try:
-            self._text = path.read_text("utf-8").strip()
+            self.text = path.read_text("utf-8").strip()
         except (OSError, ValueError) as error:
             raise FileError(f"cannot read the prompt {path}: {error}") from error
-        places = set(_PLACE.findall(self._text))
+        places = set(_PLACE.findall(self.text))
         if places != set(wanted):
             shown = lambda names: ", ".join(f"{{{{{place}}}}}" for place in sorted(names)) or "none"
             raise ConfigError(f"{path} has the places {shown(places)}; want {shown(wanted)}")
         self.name = path.stem
-        self.words = _PLACE.sub("\n", self._text)
+        self.words = _PLACE.sub("\n", self.text)
 
     def fill(self, **values: str) -> str:
         """The text with something in each place, which is put in as it is."""
-        return _PLACE.sub(lambda match: values[match[1]], self._text)
+        return _PLACE.sub(lambda match: values[match[1]], self.text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -10,10 +9,12 @@ from train.data.synthesis import rows
 from train.data.synthesis.config import Repurpose
 from train.data.synthesis.prompts import Prompt
 from train.data.synthesis.rows import Row
-from train.data.synthesis.stages import Ask, Outcome, Stage, Work
+from train.data.synthesis.stages import Answer, Ask, Outcome, Stage, Work
 
 _COPIED = 12  # words in a row that an instruction has from the text give the answer away
-_POINTING = re.compile(r"\b(?:the|this|given|following|provided) (?:text|passage|excerpt) (?:above|below)\b|上文|以下文本")
+_POINTING = re.compile(
+    r"\b(?:the|this|given|following|provided) (?:text|passage|excerpt) (?:above|below)\b|上文|以下文本"
+)
 _SCORE: dict[str, Any] = {
     "type": "object",
     "properties": {"score": {"enum": [1, 2, 3, 4, 5]}},
@@ -30,6 +31,7 @@ class RepurposeStage(Stage):
         self._config = config
         self._prompt = Prompt(config.prompt, ["text"])
         self._judge = Prompt(config.judge, ["instruction", "text"]) if config.min_score else None
+        self.prompts = [prompt for prompt in (self._prompt, self._judge) if prompt]
 
     def check(self, row: Row) -> None:
         rows.text(row, self._config.field)
@@ -50,7 +52,7 @@ class RepurposeStage(Stage):
         if self._judge and made:
             fits = [Ask.user(self._judge.fill(instruction=text, text=part), _SCORE) for _, part, text in made]
             scores = yield fits
-            good = [_score(answer.text) >= config.min_score for answer in scores]
+            good = [_score(answer) >= config.min_score for answer in scores]
             outcome.dropped["score too low"] += good.count(False)
             made = [one for one, is_good in zip(made, good, strict=True) if is_good]
         rest = {name: value for name, value in row.items() if name != config.field}
@@ -87,8 +89,8 @@ def fault_of(instruction: str, text: str) -> str | None:
     return "copies the text" if any(run in whole for run in runs) else None
 
 
-def _score(text: str) -> int:
+def _score(answer: Answer) -> int:
     try:
-        return int(json.loads(text)["score"])
+        return int(answer.json()["score"])
     except (ValueError, TypeError, KeyError):
         return 0

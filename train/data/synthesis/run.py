@@ -42,16 +42,15 @@ def run(config: Synthesis, *, overwrite: bool = False) -> int:
     try:
         rows = Input(Path(config.input).expanduser(), stage.check)
         opened = open_for(config.model, warn=_warn) if config.model else None
-        digest = _digest(config, rows, stage)
+        digest = _digest(config, rows, stage, opened)
         if overwrite:
             for path in (_report(output), output):
                 path.unlink(missing_ok=True)
         elif _is_done(output, digest):
             print(f"{output} is there already", file=sys.stderr)
             return 0
-        progress = dict(digest=digest, overwrite=overwrite)
         head = lambda number: f'{{"index": {number}, "sample": 0, '.encode()
-        with ResumableFile(_progress(output), len(rows), 1, head, **progress) as file:
+        with ResumableFile(_progress(output), len(rows), 1, head, digest=digest, overwrite=overwrite) as file:
             _work(config, stage, rows, opened, file)
             _finish(output, stage, rows, file, digest)
         _progress(output).unlink()
@@ -163,7 +162,7 @@ def _write(path: Path, parts: Iterator[bytes]) -> None:
 
 
 def _json(row: Mapping[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
 def _is_done(output: Path, digest: str) -> bool:
@@ -183,12 +182,15 @@ def _is_done(output: Path, digest: str) -> bool:
     return False
 
 
-def _digest(config: Synthesis, rows: Input, stage: Stage) -> str:
+def _digest(config: Synthesis, rows: Input, stage: Stage, opened: Opened | None) -> str:
     """Of all that the output depends on."""
-    section = dataclasses.asdict(config.stage) | {"sandbox": None, "stage": type(config.stage).__name__}
-    model = config.model and dataclasses.asdict(config.model)
-    prompts = [prompt.text for prompt in stage.prompts]
-    what = dict(input=rows.digest, seed=config.seed, stage=section, model=model, prompts=prompts)
+    section: dict[str, Any] = {**dataclasses.asdict(config.stage), "stage": type(config.stage).__name__}
+    if "sandbox" in section:
+        del section["sandbox"]["workers"]
+    what = dict(input=rows.digest, seed=config.seed, stage=section, prompts=[prompt.text for prompt in stage.prompts])
+    if opened:
+        model = dataclasses.asdict(opened.config) | {"path": str(opened.model.path), "max_rows": None}
+        what |= dict(model=model, sampling=dataclasses.asdict(opened.sampling))
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 

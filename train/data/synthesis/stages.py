@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from train.data.synthesis.prompts import Prompt
 from train.data.synthesis.rows import Chat, Row
 
 
@@ -47,6 +49,15 @@ class Answer:
             return "cut at max_new_tokens" if self.finish_reason == "length" else "question too long"
         return None if self.text.strip() else "empty"
 
+    def json(self) -> Any:
+        """What it says as JSON, made of valid text. Raises ValueError."""
+        try:
+            value = json.loads(self.text)
+            json.dumps(value, ensure_ascii=False).encode()  # an escape may stand for half a character
+        except RecursionError as error:
+            raise ValueError("JSON nested too deeply") from error
+        return value
+
 
 @dataclasses.dataclass
 class Outcome:
@@ -71,8 +82,11 @@ class Stage:
     """A stage. What it makes of a row depends on the row, its number and the config alone.
 
     Attributes:
+      prompts: what it asks with.
       facts: what the report says beside the numbers of rows, once `collect` is through.
     """
+
+    prompts: Sequence[Prompt] = ()
 
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {}

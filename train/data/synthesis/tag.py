@@ -1,8 +1,7 @@
-"""Open tagging, as InsTag (Lu et al. 2023) has it: the model names what is asked for, and names are made one by rule."""
+"""Open tagging, as InsTag (Lu et al. 2023) has it: the model names what is asked for; equal names are made one."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ class TagStage(Stage):
         super().__init__()
         self._config = config
         self._prompt = Prompt(config.prompt, ["instruction", "max_tags"])
+        self.prompts = [self._prompt]
         self._schema = _schema(config.max_tags)
 
     def check(self, row: Row) -> None:
@@ -40,9 +40,9 @@ class TagStage(Stage):
         found: dict[str, str] = {}
         if fault is None:
             try:
-                said = json.loads(answer.text)
+                said = answer.json()
                 found = {name: entry["explanation"] for entry in said if (name := clean(entry["tag"]))}
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, AttributeError):
                 fault = "no list of tags"
         if fault:
             return Outcome(dropped=Counter([fault]))

@@ -7,7 +7,7 @@ import sys
 given = json.load(sys.stdin)
 stdout, sys.stdout = sys.stdout, io.StringIO()  # what it prints is not ours
 sys.stdin = io.StringIO()
-namespace = {"__name__": "verifier"}
+namespace: dict = {"__name__": "verifier"}
 exec(compile(given["verifier"], "verifier", "exec", dont_inherit=True), namespace)
 function = namespace["evaluate"]
 said = []

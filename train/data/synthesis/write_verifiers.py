@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +35,7 @@ class WriteVerifiersStage(Stage):
         super().__init__()
         self._config = config
         self._prompt = Prompt(config.prompt, ["instruction"])
+        self.prompts = [self._prompt]
 
     def check(self, row: Row) -> None:
         rows.instruction(row, self._config.field)
@@ -86,13 +86,15 @@ def agreeing(said: Mapping[str, Said], follows: Sequence[bool], min_accuracy: fl
 def _read(answer: Answer, programs: dict[str, None], cases: dict[tuple[str, bool], None]) -> str | None:
     """Adds what an answer holds, or says what is wrong with it."""
     try:
-        said = json.loads(answer.text)
+        said = answer.json()
         new = [(case["response"], case["follows"]) for case in said["cases"]]
         program = said["program"]
     except (ValueError, TypeError, KeyError):
         return "no program with cases"
-    if "def evaluate" not in program:
+    if not isinstance(program, str) or "def evaluate" not in program:
         return "no function evaluate"
+    if not all(isinstance(response, str) and isinstance(follows, bool) for response, follows in new):
+        return "no program with cases"
     programs[program] = None
     cases.update(dict.fromkeys(new))
     return None
