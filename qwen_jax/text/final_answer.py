@@ -23,7 +23,7 @@ _STATED = re.compile(r"(?:\banswer\s*(?:is|=|:)|答案\s*(?:是|为|：|:))[ \t:
 _SENTENCE = re.compile(r"[.。!！](?=\s|$)")
 _NUMBER = re.compile(r"(?:(?<![\w)}.])-)?\$?(?:\d[\d,]*\d|\d)(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?")
 
-_NOTHING = re.compile(r"\\(?:left|right|displaystyle|[!,;: ()\[\]$])|\$|~|\^\{?\\circ\}?|°")
+_NOTHING = re.compile(r"(?<!\\)\\(?:left|right|displaystyle|[!,;: ()\[\]$])|\$|~|\^\{?\\circ\}?|°")
 _SPELLINGS = [
     (re.compile(r"\\[dt]frac"), r"\\frac"),
     (re.compile(r"\{,\}"), ","),
@@ -83,7 +83,8 @@ def _same(a: str, b: str) -> bool:
         return False
     if (a[-1] == "%") != (b[-1] == "%"):
         percentage, other = (a, b) if a[-1] == "%" else (b, a)
-        return _same(percentage[:-1] or "%", other) or _same_value(f"({percentage[:-1]})/100", other)
+        percentage = percentage[:-1].strip()
+        return bool(percentage) and (_same(percentage, other) or _same_value(f"({percentage})/100", other))
     a, b = a.removesuffix("%"), b.removesuffix("%")
     if _same_value(_number(a), _number(b)):
         return True
@@ -135,7 +136,7 @@ def _clean(text: str) -> tuple[str, str]:
 
 
 def _plain(text: str) -> str:
-    text = re.sub(r"\s|(?<=_)\{(?=\w\})|(?<=_\{\w)\}", "", text)
+    text = re.sub(r"(?<!\d)\s|\s(?!\d)|(?<=_)\{(?=\w\})|(?<=_\{\w)\}", "", text)
     return text.casefold() if len(text) > 1 and text.isalpha() else text
 
 

@@ -77,7 +77,7 @@ def test_what_is_not_the_same(a, b):
         ("He has 3 + 4 = 7.\n#### 7", "7"),
         ("so \\boxed{\\frac{1}{2}}, not \\boxed{3", "\\frac{1}{2}"),
         ("#### Step 1\nWe get \\boxed{5}.", "5"),
-        ("First 3. The answer is $1,234 a day. Good.", "$1,234 a day"),
+        ("First 3. The answer is $1,234 a day. Good.", "$1,234"),
         ("The final answer is: \\frac{3}{4}.", "\\frac{3}{4}"),
         ("so the answer is therefore -12.", "-12"),
         ("所以答案是：12元。", "12元"),
@@ -121,7 +121,7 @@ def test_comparing_has_no_order_and_nothing_fails(a, b):
 @pytest.mark.skipif(not (SHARED / "math").exists(), reason="needs ../shared/data")
 def test_real_solutions_are_judged_as_their_publishers_did():
     """100 problems of MATH, eight answers of Qwen2.5-Math to each, with its own grader's verdicts."""
-    rows = [json.loads(line) for line in (SHARED / "math/qwen25math_rm_maj_example_100.jsonl").open()]
+    rows = [json.loads(line) for line in (SHARED / "math/qwen25math_rm_maj_example_100.jsonl").read_text().splitlines()]
     other = [
         (row["idx"], answer)
         for row in rows
@@ -133,7 +133,7 @@ def test_real_solutions_are_judged_as_their_publishers_did():
 
 @pytest.mark.skipif(not (SHARED / "gsm8k").exists(), reason="needs ../shared/data")
 def test_references_of_gsm8k_are_numbers():
-    for line in (SHARED / "gsm8k/test_first200.jsonl").open():
+    for line in (SHARED / "gsm8k/test_first200.jsonl").read_text().splitlines():
         solution = json.loads(line)["answer"]
         answer = marked_answer(solution)
         number = int(answer.replace(",", ""))
