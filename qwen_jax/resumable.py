@@ -24,6 +24,7 @@ class ResumableFile:
     """Rows by number, in a file. A context manager, which holds the file for this process.
 
     Attributes:
+      total: rows there will be.
       missing: numbers of the rows that are still to be made, in order.
     """
 
@@ -42,7 +43,7 @@ class ResumableFile:
 
         Raises DataError if there is a row of something else, FileError or OSError.
         """
-        self._path, self._total, self._n, self._head = path.expanduser().resolve(), total, n, head
+        self._path, self.total, self._n, self._head = path.expanduser().resolve(), total, n, head
         self._end = f'"run": "{digest}"}}\n'
         self._file = self._path.open("a+b")
         try:
@@ -74,7 +75,7 @@ class ResumableFile:
 
     def sort(self) -> None:
         """Puts the rows, all of which must be there, into their order; the file is the old or the new one, whole."""
-        places = [self._places[number] for number in range(self._total)]
+        places = [self._places[number] for number in range(self.total)]
         if places == sorted(places):
             return
         partial = self._path.with_name(f".{self._path.name}.partial")
@@ -120,11 +121,11 @@ class ResumableFile:
         whole = line.endswith(b"\n")
         found = _NUMBERS.match(line)
         if found is None:
-            ours = not whole and any(self._head(number).startswith(line) for number in range(self._total))
+            ours = not whole and any(self._head(number).startswith(line) for number in range(self.total))
             return -1, None if ours else "is none of such a file"
         index, sample = map(int, found.groups())
         number = index * self._n + sample
-        if sample >= self._n or number >= self._total:
+        if sample >= self._n or number >= self.total:
             return -1, f"is for sample {sample} of input {index}, and there is none"
         head = self._head(number)
         if not (line.startswith(head) or not whole and head.startswith(line)):

@@ -16,7 +16,7 @@ MAX_BYTES = 100 << 20  # of a line
 
 
 class Input:
-    """Rows by number; blank lines are none.
+    """Rows by number; blank lines are none. A context manager.
 
     Attributes:
       digest: of the bytes of the file.
@@ -42,12 +42,18 @@ class Input:
                         check(_parse(line, first=start == 0))
                     except ValueError as error:
                         raise DataError(f"{path}:{number}: {error}") from error
-            self._file = path.open("rb")
         except OSError as error:
             raise FileError(f"cannot read {path}: {error.strerror}") from error
         if not self._starts:
             raise DataError(f"{path} has no rows; JSON lines are wanted")
         self.digest = digest.hexdigest()
+        self._file = path.open("rb")
+
+    def __enter__(self) -> Input:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def __len__(self) -> int:
         return len(self._starts)

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +39,23 @@ def run(config: Synthesis, *, overwrite: bool = False) -> int:
     """Does what `config` asks for; the exit code."""
     output = Path(config.output).expanduser()
     stage = _stage(config)
-    try:
-        rows = Input(Path(config.input).expanduser(), stage.check)
+    with Input(Path(config.input).expanduser(), stage.check) as rows:
         opened = open_for(config.model, warn=_warn) if config.model else None
         digest = _digest(config, rows, stage, opened)
-        if overwrite:
-            for path in (_report(output), output):
+        try:
+            if not overwrite and _is_done(output, digest):
+                print(f"{output} is there already", file=sys.stderr)
+                return 0
+            for path in (_report(output), output) if overwrite else ():
                 path.unlink(missing_ok=True)
-        elif _is_done(output, digest):
-            print(f"{output} is there already", file=sys.stderr)
-            return 0
-        head = lambda number: f'{{"index": {number}, "sample": 0, '.encode()
-        with ResumableFile(_progress(output), len(rows), 1, head, digest=digest, overwrite=overwrite) as file:
-            _work(config, stage, rows, opened, file)
-            _finish(output, stage, rows, file, digest)
-        _progress(output).unlink()
-    except OSError as error:
-        raise FileError(f"cannot write {output}: {error.strerror}") from error
+            head = lambda number: f'{{"index": {number}, "sample": 0, '.encode()
+            how = dict(total=len(rows), n=1, head=head)
+            with ResumableFile(_progress(output), **how, digest=digest, overwrite=overwrite) as file:
+                _work(config, stage, rows, opened, file)
+                _finish(output, stage, file, digest)
+            _progress(output).unlink()
+        except OSError as error:
+            raise FileError(f"cannot write {output}: {error.strerror}") from error
     return 0
 
 
@@ -108,57 +108,53 @@ def _work(config: Synthesis, stage: Stage, rows: Input, opened: Opened | None, f
         print(f"{said}: {rate:.1f} tokens/s", file=sys.stderr)
 
 
-class _Outcomes:
-    """The outcomes in a file."""
+class _Outcomes(Sequence[Outcome]):
+    """The outcomes in a file, which holds all of them."""
 
-    def __init__(self, file: ResumableFile, total: int) -> None:
-        self._file, self._total = file, total
+    def __init__(self, file: ResumableFile) -> None:
+        self._file = file
 
     def __len__(self) -> int:
-        return self._total
+        return self._file.total
 
-    def __getitem__(self, index: int) -> Outcome:
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         row = self._file.read(index)
         return Outcome(kept=row["kept"], dropped=Counter(row["dropped"]))
 
 
-def _finish(output: Path, stage: Stage, rows: Input, file: ResumableFile, digest: str) -> None:
-    """Writes the output and the report, each whole or not at all."""
-    outcomes = _Outcomes(file, len(rows))
+def _finish(output: Path, stage: Stage, file: ResumableFile, digest: str) -> None:
+    """Writes the output and the report, each whole or not at all, and says what is in the report."""
+    outcomes = _Outcomes(file)
     dropped: Counter[str] = Counter()
     barren = 0
-    for index in range(len(outcomes)):
-        outcome = outcomes[index]
+    for outcome in outcomes:
         dropped += outcome.dropped
         barren += not outcome.kept
-    count = 0
-
-    def lines() -> Iterator[bytes]:
-        nonlocal count
-        for row in stage.collect(outcomes):
-            count += 1
-            yield _json(row)
-
-    _write(output, lines())
+    count = _write(output, (_json(row) for row in stage.collect(outcomes)))
     by_number = dict(sorted(dropped.items(), key=lambda item: (-item[1], item[0])))
-    facts = {"rows in": len(rows), "rows out": count, "rows in without any out": barren, "dropped": by_number}
+    facts = {"rows in": len(outcomes), "rows out": count, "rows in without any out": barren, "dropped": by_number}
     facts |= stage.facts
     report = json.dumps({"run": digest, **facts}, ensure_ascii=False, indent=2)
-    _write(_report(output), iter([report.encode() + b"\n"]))
+    _write(_report(output), [report.encode() + b"\n"])
     for name, value in facts.items():
         if isinstance(value, Mapping):
             value = ", ".join(f"{key} {number}" for key, number in value.items()) or "nothing"
         print(f"{name}: {value}", file=sys.stderr)
 
 
-def _write(path: Path, parts: Iterator[bytes]) -> None:
+def _write(path: Path, lines: Iterable[bytes]) -> int:
+    """How many lines there were."""
     partial = path.with_name(f".{path.name}.partial")
+    count = 0
     with partial.open("wb") as file:
-        for part in parts:
-            file.write(part)
+        for line in lines:
+            count += file.write(line) > 0
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    return count
 
 
 def _json(row: Mapping[str, Any]) -> bytes:

@@ -26,7 +26,7 @@ class SelectStage(Stage):
         return Outcome(kept=[row])
 
     def collect(self, outcomes: Outcomes) -> Iterator[Row]:
-        tags = [frozenset(outcomes[index].kept[0][self._config.field]) for index in range(len(outcomes))]
+        tags = [frozenset(outcome.kept[0][self._config.field]) for outcome in outcomes]
         chosen = select(tags, self._config.count)
         seen = frozenset().union(*(tags[index] for index in chosen))
         self.facts = {

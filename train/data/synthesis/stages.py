@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from train.data.synthesis.prompts import Prompt
 from train.data.synthesis.rows import Chat, Row
@@ -67,15 +67,9 @@ class Outcome:
     dropped: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
+# Of all rows, in order, read from a file as they are asked for.
+Outcomes = Sequence[Outcome]
 Work = Generator[Sequence[Ask], Sequence[Answer], Outcome]
-
-
-class Outcomes(Protocol):
-    """The outcomes of all rows, in order, read from a file as they are asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Outcome: ...
 
 
 class Stage:
@@ -101,5 +95,5 @@ class Stage:
 
     def collect(self, outcomes: Outcomes) -> Iterator[Row]:
         """The rows of the output."""
-        for index in range(len(outcomes)):
-            yield from outcomes[index].kept
+        for outcome in outcomes:
+            yield from outcome.kept

@@ -49,13 +49,11 @@ class TagStage(Stage):
         return Outcome(kept=[{**row, "tag_explanations": found}])
 
     def collect(self, outcomes: Outcomes) -> Iterator[Row]:
-        said = Counter(
-            tag for index in range(len(outcomes)) for row in outcomes[index].kept for tag in row["tag_explanations"]
-        )
+        said = Counter(tag for outcome in outcomes for row in outcome.kept for tag in row["tag_explanations"])
         names = merge(said, self._config.min_frequency)
         used: Counter[str] = Counter()
-        for index in range(len(outcomes)):
-            for row in outcomes[index].kept:
+        for outcome in outcomes:
+            for row in outcome.kept:
                 tags = sorted({names[tag] for tag in row["tag_explanations"] if tag in names})
                 used.update(tags)
                 yield {**row, "tags": tags}
