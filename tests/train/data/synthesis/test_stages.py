@@ -69,7 +69,6 @@ def test_rare_tags_go_into_the_most_special_of_the_others():
     assert names["programming in pythons"] == "python programming" and "chess" not in names
     assert merge(said, 1)["chess"] == "chess"
     assert clean("  Text_Rewriting/Editing! ") == "text rewriting editing"
-    assert set(merge(names, 1).values()) <= set(names)
 
 
 TAGS = st.lists(st.frozensets(st.sampled_from("abcdefgh"), max_size=4), max_size=12)
@@ -109,7 +108,7 @@ def test_a_selection_has_more_tags_than_as_many_rows_from_the_front(stage):
         ("name  a RIVER!", {"unchanged": 1}),
         ("", {"empty": 1}),
         ("a" * 300, {"too long": 1}),
-        ("Name one, add at most twenty words, please", {"copies the prompt": 1}),
+        ("Name one. Write nothing but the new request", {"copies the prompt": 1}),
         ("Name a lake that cannot be named", {"no answer": 1}),
     ],
 )
