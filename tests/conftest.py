@@ -16,6 +16,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 # A shell that runs the suite in the background has it ignore the signal that some tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -31,6 +32,9 @@ from qwen_jax import sharding
 from qwen_jax.config import ModelConfig, Rope
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# The same examples each time: what fails here fails everywhere. `--hypothesis-profile=default` looks for new ones.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same")
 
 
 def tiny_config(**changes) -> ModelConfig:

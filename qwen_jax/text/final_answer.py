@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from qwen_jax.text.expressions import MAX_CHARACTERS, Number, values
 
 _TAIL = 4000  # characters at the end of a solution in which its answer is looked for
-_BOXES = 4  # tried, from the last, until one is closed
+_BOXES = 4  # tried, from the last, until one is closed and not empty
 _PRECISION = 1e-9  # of what is not rational: the rounding of a few dozen operations, and far below any digit written
 
 _BOX = re.compile(r"\\f?boxed\s*(?=\{)|\\f?boxed\s+(\S+)")
@@ -62,7 +62,7 @@ def marked_answer(text: str) -> str | None:
     r"""What stands in the last \boxed{}, or else follows the last `####`; None without either."""
     for match in list(_BOX.finditer(text))[: -1 - _BOXES : -1]:
         content = match[1] or _in_braces(text, match.end())
-        if content is not None:
+        if content and content.strip():
             return content.strip()
     hashes = _HASHES.findall(text)
     return hashes[-1] if hashes else None
