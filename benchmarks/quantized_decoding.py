@@ -1,4 +1,4 @@
-"""Memory and speed of quantised models on CPU, as served: `python -m infer generate` on folders, and steps of its engine.
+"""Memory and speed of quantised models on CPU, as served: `python -m infer generate`, and steps of its engine.
 
     python benchmarks/quantized_decoding.py
 

@@ -61,8 +61,8 @@ class Limits:
 class Warden:
     """A sandbox with one program in it. When it is closed, or this process dies, so does all that the program started.
 
-    A program that `answers` gets messages on descriptor 3 and writes one answer to each on 4, and one before any; in both
-    directions that is a length in 8 bytes, little end first, and as many bytes. It stands still after an answer.
+    A program that `answers` gets messages on descriptor 3 and writes one answer to each on 4, and one before any; in
+    both directions that is a length in 8 bytes, little end first, and as many bytes. It stands still after an answer.
 
     Args:
       command: what runs; "python" is the interpreter.

@@ -154,8 +154,10 @@ class QuantizedTensors:
         return outputs, inputs
 
     def _check(self, name: str) -> None:
-        """Raises ModelError, the first time, unless groups are of neighbouring inputs, scales are finite, and zeros where
-        they belong."""
+        """Raises ModelError unless groups are of neighbouring inputs, scales are finite, and zeros where they belong.
+
+        Looks the first time only.
+        """
         if name in self._seen:
             return
         how, (outputs, inputs) = self.of(name), self._shapes[name]
