@@ -17,7 +17,7 @@ from qwen_jax.sharding import make_mesh
 from qwen_jax.text import Tokenizer
 from qwen_jax.text.chat import FORMATS, Format
 from qwen_jax.text.template import JinjaFormat
-from qwen_jax.weights.source import NativeCheckpoint, PublishedFolder, open_model
+from qwen_jax.weights.source import Model, open_model
 from qwen_jax.weights.usage import GENERATION, Usage, read_usage
 
 INT8_PAGE = 128  # tokens
@@ -36,11 +36,11 @@ class Opened:
     """
 
     options: Options
-    model: PublishedFolder | NativeCheckpoint
+    model: Model
     tokenizer: Tokenizer
     usage: Usage
     sampling: Sampling
-    draft: PublishedFolder | NativeCheckpoint | None
+    draft: Model | None
 
     def chat_format(self) -> Format | JinjaFormat:
         """The format the options name, or else the model's. Raises ConfigError where there is none."""

@@ -24,6 +24,7 @@ ONLY_IN = {
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "h11", "pydantic", "prometheus_client"), ["infer/server"]),
     # The command that compares a forward pass with theirs, where a user has them.
     "torch": ["tests", "benchmarks", "qwen_jax/weights/forward.py"],
+    "peft": ["tests"],
     "transformers": ["tests", "benchmarks", "qwen_jax/weights/forward.py"],
 }
 

@@ -15,6 +15,7 @@ from typing import Literal
 from qwen_jax import zoo
 from qwen_jax.config import DType, ModelConfig, Rope
 from qwen_jax.errors import ConfigError
+from qwen_jax.weights import hf, targets
 from train.data.config import Data, Mixture, Source
 
 
@@ -22,6 +23,12 @@ def _at_least(least: int, section: object, *names: str) -> None:
     for name in names:
         if getattr(section, name) < least:
             raise ConfigError(f"{name}={getattr(section, name)} must be at least {least}")
+
+
+def _below_one(section: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(section, name) < 1:
+            raise ConfigError(f"{name}={getattr(section, name)} must be at least 0 and below 1")
 
 
 def _next(value: int, step: int) -> int:
@@ -80,6 +87,66 @@ class Pretrained:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank matrices that are trained beside frozen ones; the defaults are those of Qwen's own finetune.py.
+
+    The base stays in the type that it computes in, or quantised as it is published (QLoRA). Experts and routers of a
+    mixture are not adapted; attention is, and the shared expert.
+
+    Attributes:
+      rank: of each product of two matrices.
+      alpha: the products are multiplied with alpha / rank.
+      dropout: part of their inputs that is left out in training.
+      targets: which matrices: ends of their published names, such as "q_proj", or "all-linear".
+      train_embeddings: train the embedding and the head as well, whole, as a base model needs to learn the tokens of
+        chats; PEFT calls them modules_to_save.
+    """
+
+    rank: int = 64
+    alpha: float = 16.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("all-linear",)
+    train_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "rank")
+        _below_one(self, "dropout")
+        if not self.alpha > 0:
+            raise ConfigError(f"alpha={self.alpha} must be above 0")
+        if not self.targets:
+            raise ConfigError('targets=() adapts nothing; name matrices, or "all-linear"')
+
+    @property
+    def scale(self) -> float:
+        """Of the products."""
+        return self.alpha / self.rank
+
+    def paths(self, model: ModelConfig) -> tuple[str, ...]:
+        """The matrices in the tree of a model. Raises ConfigError for a target that is none."""
+        return targets.select(hf.table(model, hf.model_type_of(model)), self.targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """What makes training random, in training alone; the numbers are a function of seed and step. All off by default.
+
+    Attributes:
+      neftune_alpha: noise on the embeddings (NEFTune, arXiv 2310.05914), uniform within this / sqrt(tokens of the row
+        times width); the paper has 5 to 15.
+      embedding_dropout: part of the embeddings' numbers that is left out.
+      attention_dropout: part of the attention weights that is left out. Not of every implementation of attention.
+    """
+
+    neftune_alpha: float = 0.0
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, "neftune_alpha")
+        _below_one(self, "embedding_dropout", "attention_dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LM:
     """Next-token prediction on documents. What is added to the loss is for mixtures of experts alone.
 
@@ -120,9 +187,7 @@ class AdamW:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        _below_one(self, "b1", "b2")
         for name in ("peak_lr", "eps", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
@@ -235,6 +300,8 @@ class TrainConfig:
       run_dir: the directory that everything is written to.
       seed: of the initial weights and of the order of the data.
       model: a shape written out, a published one by name, or a model whose weights the run begins with.
+      adapter: what is trained in place of the whole model; None for all of it.
+      noise: what makes training random.
       data: where tokens come from.
       objective: what is minimised.
       batch_size: rows of each optimiser step, over all devices and micro-batches.
@@ -257,6 +324,8 @@ class TrainConfig:
     run_dir: str
     seed: int = 0
     model: ModelConfig | Zoo | Pretrained
+    adapter: LoRA | None = None
+    noise: Noise = Noise()
     data: Data
     objective: LM = LM()
     batch_size: int
@@ -332,6 +401,8 @@ class TrainConfig:
                 f"'float32' and set model.dtype='bfloat16' for bfloat16 matmuls"
             )
         self._check_experts()
+        if self.adapter:
+            self.adapter.paths(model)
         can_be = ", ".join(map(str, model.tensor_sizes))
         for name in ("num_heads", "mlp_width", "vocab_size"):
             if getattr(model, name) % mesh.tensor:
@@ -414,8 +485,8 @@ class TrainConfig:
         shorter = {size for size in (*data.shorter_lengths, data.sequence_length) if size < length}
         rope = model.rope if stage.theta is None else dataclasses.replace(model.rope, theta=stage.theta)
         if rope != model.rope or length > model.max_position:
-            model = dataclasses.replace(model, rope=rope, max_position=max(length, model.max_position))
-            values["model"] = model
+            longest = max(length, model.max_position)
+            values["model"] = dataclasses.replace(self.model, rope=rope, max_position=longest)
         source = data.source if stage.weights is None else _weighted(data.source, stage.weights)
         values["data"] = dataclasses.replace(
             data, source=source, sequence_length=length, full_length=full, shorter_lengths=tuple(sorted(shorter))

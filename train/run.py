@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -12,14 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from qwen_jax.errors import ConfigError, DataError, FileError, NumericalError
+from qwen_jax.model import Params
 from qwen_jax.sharding import make_mesh
 from qwen_jax.weights.checkpoint import Checkpoint, Checkpoints
-from qwen_jax.weights.source import Model, open_model
+from qwen_jax.weights.source import ADAPTER, Model, open_model
+from train import adapter, plot
 from train import directory as run_directory
-from train import plot
 from train.config import Pretrained, TrainConfig
 from train.data import Conversations, Corpus, Rows, prepare
 from train.data.mixture import MixedRows
@@ -31,7 +34,9 @@ from train.record import Record
 from train.saving import Saver
 from train.step import (
     Metrics,
+    State,
     abstract_state,
+    adapted_state,
     configured,
     initial_state,
     pretrained_state,
@@ -57,6 +62,7 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
     Raises:
       UserError: of every kind; NumericalError at the first loss or gradient that is not finite.
     """
+    adapter.check_base(config)
     join_hosts()
     first_host = jax.process_index() == 0
     report = Report(quiet=not first_host)
@@ -148,24 +154,22 @@ def train_stage(
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
         stack.enter_context(jax.set_mesh(mesh))
         objective, optimizer, train_step = configured(config)
+        join = adapter.join(config.adapter)
 
         # State
         unroll = unrolled(config, mesh)
-        if checkpoint:
-            state = restored_state(checkpoint, config.model_config, optimizer, unroll=unroll)
-        elif isinstance(config.model, Pretrained):
-            with open_model(config.model.path, warn=report.warn) as source:
-                check_tokenizer(corpus, source)
-                state = pretrained_state(source, optimizer, unroll=unroll)
-        else:
-            state = initial_state(config.model_config, optimizer, seed=config.seed, unroll=unroll)
+        state, frozen = begin(config, optimizer, checkpoint, shared, unroll=unroll)
         start = int(state.step)
 
         held_out = HeldOut(config, objective, corpus) if any(len(part.held_out) for part in corpus.parts) else None
         saver = Saver(
             checkpoints,
             record,
-            files={**files, "model.json": config.model_config.to_json().encode()},
+            files={
+                **files,
+                "model.json": config.model_config.to_json().encode(),
+                **({ADAPTER: adapter.describe(config, config.adapter)} if config.adapter else {}),
+            },
             meta=fingerprint(corpus),
             warn=report.warn,
         )
@@ -191,7 +195,7 @@ def train_stage(
                 if saving:
                     saver.save(step, state)
                 if evaluating:
-                    losses = held_out.losses(state.params, whole=last)
+                    losses = held_out.losses(join(state.params, frozen, None), whole=last)
                     measures = held_out.measures(losses)
                     record.held_out(step, **measures)
                     each = "".join(f", {name} {loss:.3f}" for name, loss in losses.items()) if len(losses) > 1 else ""
@@ -201,7 +205,7 @@ def train_stage(
                 if last or exit_code:
                     break
                 profiler.before(step)
-                state, metrics = train_step(state, put_batch(rows, step, config))
+                state, metrics = train_step(state, put_batch(rows, step, config), frozen)
                 step += 1
                 watch(unread, config, record, report)
                 unread = (step, metrics)
@@ -222,11 +226,39 @@ def train_stage(
     return exit_code
 
 
+def begin(
+    config: TrainConfig,
+    optimizer: optax.GradientTransformation,
+    checkpoint: Checkpoint | None,
+    shared: Shared,
+    *,
+    unroll: bool,
+) -> tuple[State, Params | None]:
+    """The state to go on from, and where an adapter is trained the parameters of its base."""
+    restored = functools.partial(restored_state, config=config.model_config, optimizer=optimizer, unroll=unroll)
+    if not isinstance(config.model, Pretrained) or (checkpoint and not config.adapter):
+        if checkpoint:
+            return restored(checkpoint), None
+        return initial_state(config.model_config, optimizer, seed=config.seed, unroll=unroll), None
+    with open_model(config.model.path, warn=shared.report.warn) as source:
+        check_tokenizer(shared.corpus, source)
+        if not config.adapter:
+            return pretrained_state(source, optimizer, unroll=unroll), None
+        frozen = adapter.load_frozen(config, source, unroll=unroll)
+    if checkpoint:
+        state = restored(checkpoint, adapter=config.adapter)
+    else:
+        state = adapted_state(config, config.adapter, frozen, optimizer, unroll=unroll)
+    return state, adapter.without_tables(frozen, config.adapter)
+
+
 def trace(config: TrainConfig) -> None:
     """Traces the step of a config, for what it raises."""
     with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))):
         _, optimizer, train_step = configured(config)
-        jax.eval_shape(train_step, abstract_state(config.model_config, optimizer), abstract_batch(config))
+        frozen = adapter.abstract(config.model_config, config.adapter)[1] if config.adapter else None
+        state = abstract_state(config.model_config, optimizer, config.adapter)
+        jax.eval_shape(train_step, state, abstract_batch(config), frozen)
 
 
 def join_hosts() -> None:
@@ -293,7 +325,10 @@ def describe(config: TrainConfig, mesh: Mesh, step: int, report: Report) -> None
         f"{model.num_heads} heads ({model.num_kv_heads} for keys and values), vocabulary {model.vocab_size:,}, "
         f"{model.dtype}",
     )
-    if isinstance(config.model, Pretrained):
+    if config.adapter and isinstance(config.model, Pretrained):
+        kinds = ", ".join(dict.fromkeys(path.removeprefix("layers/") for path in config.adapter.paths(model)))
+        report.fact("adapter", f"of rank {config.adapter.rank} beside {config.model.path}, which stays: {kinds}")
+    elif isinstance(config.model, Pretrained):
         report.fact("weights", f"at first those of {config.model.path}")
     device = mesh.devices.flat[0]
     split = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)

@@ -16,14 +16,19 @@ from jax.sharding import Mesh
 
 from qwen_jax import model
 from qwen_jax.config import ModelConfig
+from qwen_jax.errors import ModelError
+from qwen_jax.weights.adapted import is_quantized
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.load import load_params
-from qwen_jax.weights.source import NativeCheckpoint, PublishedFolder
+from qwen_jax.weights.source import Model
+from train import adapter as adapters
 from train import objectives, optim
-from train.config import TrainConfig
+from train.adapter import Join
+from train.config import LoRA, TrainConfig
 from train.objectives import Batch, Objective
 
 Metrics = dict[str, jax.Array]
+TrainStep = Callable[..., tuple["State", Metrics]]  # of the state, a batch, and maybe frozen parameters
 
 
 class State(NamedTuple):
@@ -31,7 +36,7 @@ class State(NamedTuple):
 
     Attributes:
       step: int32 scalar, optimiser steps done. The learning rate and the order of the data depend on nothing else.
-      params: the parameters.
+      params: the parameters that are trained: those of the model, or of an adapter.
       optimizer: moments of the gradient, shaped and split like the parameters.
     """
 
@@ -50,19 +55,35 @@ def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, 
     return State(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
 
 
-def pretrained_state(
-    source: PublishedFolder | NativeCheckpoint, optimizer: optax.GradientTransformation, *, unroll: bool
-) -> State:
-    """The state before the first step of a run that begins with the weights of a model, under the current mesh."""
+def pretrained_state(source: Model, optimizer: optax.GradientTransformation, *, unroll: bool) -> State:
+    """The state before the first step of a run that begins with the weights of a model, under the current mesh.
+
+    Raises ModelError for weights that are quantised.
+    """
+    if is_quantized(source):
+        raise ModelError(
+            f"{source.path} is quantised, and those weights have no gradient: train an adapter beside them with "
+            "adapter = @LoRA, or write them unquantised: python -m qwen_jax.weights.convert SRC DST --dtype bfloat16"
+        )
     params = load_params(source, dtype="float32", stacked=True)
     if unroll:
         params = jax.jit(model.unstack_layers)(params)
     return State(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
 
 
-def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> State:
+def adapted_state(
+    config: TrainConfig, adapter: LoRA, frozen: model.Params, optimizer: optax.GradientTransformation, *, unroll: bool
+) -> State:
+    """The state before the first step of a run that trains an adapter beside frozen parameters."""
+    params = adapters.initial(config.model_config, adapter, frozen, seed=config.seed)
+    if unroll:
+        params = jax.jit(model.unstack_layers)(params)
+    return State(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+
+
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, adapter: LoRA | None = None) -> State:
     """Shapes, dtypes and shardings of the state on the current mesh, layers stacked."""
-    params = model.abstract(config)
+    params = adapters.abstract(config, adapter)[0] if adapter else model.abstract(config)
     whole = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
     # The optimiser's own counters have no sharding yet; like everything else they belong on all devices.
     moments = jax.tree.map(
@@ -72,10 +93,15 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation)
 
 
 def restored_state(
-    checkpoint: Checkpoint, config: ModelConfig, optimizer: optax.GradientTransformation, *, unroll: bool
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    adapter: LoRA | None = None,
+    *,
+    unroll: bool,
 ) -> State:
     """The state that a checkpoint holds, split over the current mesh, which need not be the one it was saved on."""
-    like = abstract_state(config, optimizer)
+    like = abstract_state(config, optimizer, adapter)
     step = jax.device_put(np.int32(checkpoint.step), like.step.sharding)
     state = State(step, checkpoint.load("params", like.params), checkpoint.load("optimizer", like.optimizer))
     return jax.jit(model.unstack_layers)(state) if unroll else state
@@ -95,17 +121,32 @@ def unrolled(config: TrainConfig, mesh: Mesh) -> bool:
 
 def configured(
     config: TrainConfig,
-) -> tuple[Objective, optax.GradientTransformation, Callable[[State, Batch], tuple[State, Metrics]]]:
+) -> tuple[Objective, optax.GradientTransformation, TrainStep]:
     """What a run minimises, its optimiser, and its step: the one that `train.run` runs and `train.plan` compiles."""
     objective, optimizer = objectives.make(config), optim.adamw(config.optimizer)
     learning_rate = optim.cosine(config.schedule, peak=config.optimizer.peak_lr, steps=config.steps)
-    return objective, optimizer, make_train_step(objective, optimizer, learning_rate)
+    step = make_train_step(
+        objective,
+        optimizer,
+        learning_rate,
+        join=adapters.join(config.adapter),
+        seed=config.seed if objectives.is_random(config) else None,
+    )
+    return objective, optimizer, step
 
 
 def make_train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, learning_rate: Callable[[jax.Array], jax.Array]
-) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    learning_rate: Callable[[jax.Array], jax.Array],
+    *,
+    join: Join | None = None,
+    seed: int | None = None,
+) -> TrainStep:
     """The compiled step: (state, batch) to the next state and float32 scalars. The given state is used up.
+
+    Beside an adapter the frozen parameters come as a third argument, which stays. With a `seed` every micro-batch has a
+    "key" of its own, a function of it and of the step.
 
     Every array of the batch is [accumulation, rows, ...]. The loss is the sum over all micro-batches divided by the
     sum of their weights, and so is its gradient: the number of micro-batches changes memory, not the step.
@@ -114,8 +155,16 @@ def make_train_step(
     `learning_rate` and `weight` (tokens that count); all of the loss at the parameters before the step.
     """
 
-    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        (_, sums), gradient = _accumulate(jax.value_and_grad(objective, has_aux=True), state.params, batch)
+    join = join or adapters.join(None)
+
+    def train_step(state: State, batch: Batch, frozen: model.Params | None = None) -> tuple[State, Metrics]:
+        def loss(params: model.Params, micro: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return objective(join(params, frozen, micro.get("key")), micro)
+
+        if seed is not None:
+            key = jax.random.fold_in(jax.random.key(seed), state.step)
+            batch = {**batch, "key": jax.random.split(key, len(batch["tokens"]))}
+        (_, sums), gradient = _accumulate(jax.value_and_grad(loss, has_aux=True), state.params, batch)
         weight = jnp.maximum(sums["weight"], 1)  # a batch without a single target has loss 0, not 0 / 0
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         direction, moments = optimizer.update(gradient, state.optimizer, state.params)

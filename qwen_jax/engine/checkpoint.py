@@ -16,11 +16,11 @@ from qwen_jax.model import Params
 from qwen_jax.ops.vertical_slash import VerticalSlash
 from qwen_jax.text import Tokenizer
 from qwen_jax.weights.load import load_params
-from qwen_jax.weights.source import NativeCheckpoint, PublishedFolder
+from qwen_jax.weights.source import Model
 
 
 def load(
-    model: PublishedFolder | NativeCheckpoint,
+    model: Model,
     tokenizer: Tokenizer,
     *,
     mesh: Mesh,
@@ -55,7 +55,7 @@ def load(
 
 
 def load_draft(
-    model: PublishedFolder | NativeCheckpoint,
+    model: Model,
     tokenizer: Tokenizer,
     *,
     mesh: Mesh,
@@ -74,9 +74,7 @@ def load_draft(
     return DraftModel(config=config, params=params, num_guesses=num_guesses)
 
 
-def _load(
-    model: PublishedFolder | NativeCheckpoint, tokenizer: Tokenizer, mesh: Mesh, dtype: DType | None
-) -> tuple[ModelConfig, Params]:
+def _load(model: Model, tokenizer: Tokenizer, mesh: Mesh, dtype: DType | None) -> tuple[ModelConfig, Params]:
     """The config and the parameters of a model that can decode."""
     if model.config.score:
         raise ModelError(f"{model.path} is a reward or classification model: it gives scores, not text")

@@ -4,9 +4,11 @@ B batch, T query, S key, D width, N heads, K kv heads, G = N / K, H head dim, F 
 C labels of a score or of a router.
 """
 
+from qwen_jax.model.adapter import attach, init_adapter, merge
 from qwen_jax.model.cache import Batch, Cache, LayerCache, make_cache
 from qwen_jax.model.heads import scores
 from qwen_jax.model.layout import repeat_kv_heads, stack_layers, unstack_layers
+from qwen_jax.model.noise import Noise
 from qwen_jax.model.transformer import (
     Params,
     Qwen,
@@ -29,8 +31,13 @@ __all__ = [
     "stack_layers",
     "unstack_layers",
     "repeat_kv_heads",
+    # Adapters
+    "init_adapter",
+    "attach",
+    "merge",
     # The forward pass
     "Qwen",
+    "Noise",
     "Remat",
     "forward",
     "forward_cached",

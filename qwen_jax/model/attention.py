@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from qwen_jax import sharding
 from qwen_jax.config import DualChunk, ModelConfig
+from qwen_jax.errors import ConfigError
 from qwen_jax.model.cache import Batch, LayerCache
 from qwen_jax.model.layers import Linear, RMSNorm
 from qwen_jax.ops import pages as paged
@@ -70,6 +71,8 @@ class Attention(nn.Module):
     ) -> Float[Array, "B T N H"]:
         """The attention that the config asks for, among the tokens themselves."""
         if self._chunk:
+            if mask.dropout:
+                raise ConfigError("dual chunk attention has no dropout of attention; leave one of them out")
             return dual_chunk_attention(queries, k, v, mask, chunk=self._chunk, implementation=self.implementation)
         return attention(queries[0], k, v, mask, implementation=self.implementation)
 

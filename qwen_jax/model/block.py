@@ -15,6 +15,7 @@ from qwen_jax.model.layers import RMSNorm
 from qwen_jax.model.mlp import MLP
 from qwen_jax.model.moe import MoE
 from qwen_jax.ops.attention import Implementation
+from qwen_jax.ops.dropout import Dropout
 from qwen_jax.ops.mask import Mask
 from qwen_jax.ops.rope import Rotation
 from qwen_jax.ops.router import Load
@@ -24,7 +25,7 @@ from qwen_jax.ops.vertical_slash import VerticalSlash
 class Block(nn.Module):
     """`a = x + Attention(norm(x)); a + MLP(norm(a))`, or a mixture of experts in place of the MLP.
 
-    `window` is this layer's, and travels beside its parameters.
+    `window` and `dropout` of attention are this layer's, and travel beside its parameters.
     """
 
     config: ModelConfig
@@ -39,9 +40,10 @@ class Block(nn.Module):
         cache: LayerCache | None,
         rotation: Rotation,
         mask: Mask | Batch,
+        dropout: Dropout | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, Load | None]]:
         eps, dtype = self.config.norm_eps, jnp.dtype(self.config.param_dtype)
-        mask = dataclasses.replace(mask, window=window)
+        mask = dataclasses.replace(mask, window=window, **({"dropout": dropout} if dropout else {}))
         attend = Attention(self.config, self.implementation, self.sparse, name="attention")
         y, cache = attend(RMSNorm(eps, dtype, name="attention_norm")(x), rotation, mask, cache)
         x = x + y

@@ -11,13 +11,14 @@ from jaxtyping import Array, Float
 
 from qwen_jax import sharding
 from qwen_jax.ops.linear import contract, letters
+from qwen_jax.ops.lora import Adapted
 from qwen_jax.ops.norm import rms_norm
 from qwen_jax.ops.quantized import Quantized
 
 
-def weight(module: nn.Module, init: Callable[[Array], Array]) -> Array | Quantized:
-    """The parameter "w" of a module, which may be quantised; where there is none, `init(key)`."""
-    if module.has_variable("params", "w") and isinstance(w := module.get_variable("params", "w"), Quantized):
+def weight(module: nn.Module, init: Callable[[Array], Array]) -> Array | Quantized | Adapted:
+    """The parameter "w" of a module, which may be quantised or adapted; where there is none, `init(key)`."""
+    if module.has_variable("params", "w") and isinstance(w := module.get_variable("params", "w"), Quantized | Adapted):
         return w  # of other arrays than those of init, which Flax compares
     return module.param("w", init)
 
@@ -53,7 +54,7 @@ class Linear(nn.Module):
         y = contract(self.pattern, x, self.w)
         return y + self.b.astype(y.dtype) if self.bias else y
 
-    def weight(self) -> Float[Array, "..."] | Quantized:
+    def weight(self) -> Float[Array, "..."] | Quantized | Adapted:
         """w alone, as it is stored."""
         return self.w
 

@@ -16,6 +16,7 @@ from qwen_jax.model.block import Block
 from qwen_jax.model.cache import Batch, Cache
 from qwen_jax.model.heads import ScoreHead
 from qwen_jax.model.layers import RMSNorm, Table
+from qwen_jax.model.noise import Noise
 from qwen_jax.ops import quantized
 from qwen_jax.ops.attention import Implementation
 from qwen_jax.ops.embedding import embed
@@ -59,11 +60,14 @@ class Qwen(nn.Module):
         segments: Int[Array, "B T"] | None = None,
         batch: Batch | None = None,
         cache: Cache | None = None,
+        noise: Noise | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, Load | None]:
         c = self.config
         dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
         table = Table((c.vocab_size, c.width), param_dtype, name="embed")()
         x = embed(tokens, cast(Array, table), dtype=dtype)  # only a head may be quantised
+        x = noise.on_embeddings(x, segments) if noise else x
+        dropout = noise.of_attention(c.num_layers) if noise else None
         lengths = _lengths(positions, segments, batch) if c.rope.by_length else None
         search = self.sparse is not None
         turn = rotation(c.rope, positions, lengths, head_dim=c.head_dim, logn=c.logn, dtype=dtype, search=search)
@@ -78,17 +82,19 @@ class Qwen(nn.Module):
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 # One per argument, which flax accepts and its annotation does not say.
-                in_axes=cast(Any, (0 if c.windows else nn.broadcast, *[nn.broadcast] * 3)),
+                in_axes=cast(
+                    Any, (0 if c.windows else nn.broadcast, *[nn.broadcast] * 3, 0 if dropout else nn.broadcast)
+                ),
                 length=c.num_layers,
             )
-            x, (_, load) = layers(c, self.attention, name="layers")(x, _windows(c), None, turn, mask)
+            x, (_, load) = layers(c, self.attention, name="layers")(x, _windows(c), None, turn, mask, dropout)
         else:
             filled, loads = [], []
             for i in range(c.num_layers):
                 window = jnp.int32(c.windows[i]) if c.windows and c.windows[i] else None
                 layer = None if cache is None else cache.layers[i]
                 x, (layer, load) = block(c, self.attention, self.sparse, name=f"layers_{i}")(
-                    x, window, layer, turn, mask
+                    x, window, layer, turn, mask, jax.tree.map(lambda keys, i=i: keys[i], dropout)
                 )
                 filled.append(layer)
                 loads.append(load)
@@ -158,6 +164,7 @@ def forward(
     remat: Remat = "none",
     attention: Implementation = "auto",
     balanced: bool = False,
+    noise: Noise | None = None,
 ) -> Float[Array, "B T D"]:
     """The hidden states of `tokens`.
 
@@ -171,9 +178,10 @@ def forward(
       attention: which implementation.
       balanced: columns are in the order of `sharding.balanced_columns`, which on a mesh with a `context` axis gives
         each device the same work.
+      noise: for training; None for none.
     """
     module = Qwen(config, "layers" in params, remat, attention, balanced)
-    return _apply(module, params, *_split(tokens, positions, segments))[0]
+    return _apply(module, params, *_split(tokens, positions, segments), noise=noise)[0]
 
 
 def forward_cached(
@@ -215,17 +223,18 @@ def forward_with_load(
     remat: Remat = "none",
     attention: Implementation = "auto",
     balanced: bool = False,
+    noise: Noise | None = None,
 ) -> tuple[Float[Array, "B T D"], Load]:
     """`forward` of a mixture of experts, without a cache, and the load of its routers, layers first."""
     module = Qwen(config, "layers" in params, remat, attention, balanced)
-    hidden, _, load = _apply(module, params, *_split(tokens, positions, segments))
+    hidden, _, load = _apply(module, params, *_split(tokens, positions, segments), noise=noise)
     if load is None:
         raise ValueError("forward_with_load() takes a mixture of experts, and this config has moe=None")
     return hidden, load
 
 
-def _apply(module: Qwen, params: Params, *arguments: Any, **cached: Any) -> tuple[Array, Cache | None, Load | None]:
-    return cast(Any, module.apply({"params": params}, *arguments, **cached))
+def _apply(module: Qwen, params: Params, *arguments: Any, **more: Any) -> tuple[Array, Cache | None, Load | None]:
+    return cast(Any, module.apply({"params": params}, *arguments, **more))
 
 
 def hidden_states(

@@ -79,10 +79,18 @@ def on_each_device(
         key_segments=None if mask.key_segments is None else by_key,
         window=None if mask.window is None else P(),
         lengths=None if mask.lengths is None else P(queries[0]),
+        dropout=mask.dropout and dataclasses.replace(mask.dropout, key=P()),
     )
+
+    def own(q, k, v, mask):
+        if mask.dropout:  # of other numbers where there are other queries or heads
+            device = jax.lax.axis_index((*sharding.TOKENS, "tensor"))
+            mask = dataclasses.replace(mask, dropout=mask.dropout.fold(device))
+        return body(q, k, v, mask)
+
     # Each device then has all it needs: the body has no communication, and is the same on any mesh.
     arguments, in_specs = (q, k, v, mask), (jax.tree.map(lambda _: queries, q), keys, keys, specs)
-    local = jax.shard_map(body, in_specs=in_specs, out_specs=P(*queries[:rank]), check_vma=False)
+    local = jax.shard_map(own, in_specs=in_specs, out_specs=P(*queries[:rank]), check_vma=False)
     return local(*jax.tree.map(jax.sharding.reshard, arguments, in_specs))
 
 
@@ -97,7 +105,10 @@ def choose(implementation: Implementation, q: Float[Array, "B T N H"], mask: Mas
     # The kernel compares indices, which are positions of a cache, or of packed documents that are all there.
     by_index = mask.aligned or mask.query_segments is None
     if implementation == "auto":
-        return "pallas" if sharding.tpu_generation() and by_index and not few(q) else "xla"
+        fast = sharding.tpu_generation() and by_index and not few(q) and not mask.dropout
+        return "pallas" if fast else "xla"
+    if mask.dropout and implementation in ("pallas", "cudnn"):
+        raise ConfigError(f"attention={implementation!r} has no dropout of attention; choose 'auto' or 'xla'")
     if implementation == "pallas" and not sharding.tpu_generation() and platform != "cpu":
         raise ConfigError(f"attention='pallas' is a kernel for TPU v4 to v7x and this is {platform}; choose 'auto'")
     if implementation == "pallas" and not by_index:
@@ -132,6 +143,8 @@ def reference(
     k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
     scores = jnp.einsum("btnh,bnsh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     probs = jax.nn.softmax(jnp.where(mask.visible()[:, None], scores, HIDDEN), axis=-1)
+    if mask.dropout:
+        probs = mask.dropout.scaled(probs, mask.dropout.keep(probs.shape))
     return jnp.einsum("bnts,bnsh->btnh", probs.astype(q.dtype), v, preferred_element_type=jnp.float32).astype(q.dtype)
 
 

@@ -61,13 +61,22 @@ def _scores(q, k, mask, tokens, keys):
     return jnp.where(visible, split, HIDDEN).reshape(scores.shape)
 
 
+def _dropped(x, mask, number):
+    """The weights of a block, or their gradient, after dropout: the same each time."""
+    if mask.dropout is None:
+        return x
+    dropout = mask.dropout.fold(number)
+    return dropout.scaled(x, dropout.keep(x.shape))
+
+
 def _blockwise_forward(q, k, v, mask):
     outs, lses = [], []
-    for tokens, rows, keys in _blocks(q, mask):
+    for number, (tokens, rows, keys) in enumerate(_blocks(q, mask)):
         scores = _scores(q[:, :, rows], k[:, :, keys], mask, tokens, keys)
         top = scores.max(-1, keepdims=True)
         probs = jnp.exp(scores - top)
         total = probs.sum(-1, keepdims=True)
+        probs = _dropped(probs, mask, number)
         out = jnp.einsum("bkms,bksh->bkmh", probs.astype(q.dtype), v[:, :, keys], preferred_element_type=jnp.float32)
         outs.append((out / total).astype(q.dtype))
         lses.append(top + jnp.log(total))
@@ -82,12 +91,13 @@ def _blockwise_backward(saved, cotangents):
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True) - dlse
     dqs = []
     dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for tokens, rows, keys in _blocks(q, mask):
+    for number, (tokens, rows, keys) in enumerate(_blocks(q, mask)):
         q_block, dout_block, k_block, v_block = q[:, :, rows], dout[:, :, rows], k[:, :, keys], v[:, :, keys]
         probs = jnp.exp(_scores(q_block, k_block, mask, tokens, keys) - lse[:, :, rows])
         dprobs = jnp.einsum("bkmh,bksh->bkms", dout_block, v_block, preferred_element_type=jnp.float32)
+        dprobs = _dropped(dprobs, mask, number)
         dscores = (probs * (dprobs - delta[:, :, rows]) * q.shape[-1] ** -0.5).astype(q.dtype)
-        probs = probs.astype(q.dtype)
+        probs = _dropped(probs, mask, number).astype(q.dtype)
         dqs.append(jnp.einsum("bkms,bksh->bkmh", dscores, k_block, preferred_element_type=jnp.float32).astype(q.dtype))
         dk_block = jnp.einsum("bkms,bkmh->bksh", dscores, q_block, preferred_element_type=jnp.float32)
         dv_block = jnp.einsum("bkms,bkmh->bksh", probs, dout_block, preferred_element_type=jnp.float32)

@@ -13,24 +13,29 @@ from jaxtyping import Array, Float
 
 from qwen_jax import sharding
 from qwen_jax.ops import quantized
+from qwen_jax.ops.lora import Adapted
 from qwen_jax.ops.quantized import Quantized
 
 # A product of at most this many rows does little more than read the weight.
 _FEW_ROWS = 64
 
 
-def contract(pattern: str, x: Float[Array, "..."], w: Float[Array, "..."] | Quantized) -> Float[Array, "..."]:
+def contract(pattern: str, x: Float[Array, "..."], w: Float[Array, "..."] | Quantized | Adapted) -> Float[Array, "..."]:
     """`einsum(pattern, x, w)` for an activation x and a parameter w as stored, e.g. "btd,nhd->btnh".
 
     The letters of w are the outputs, then the inputs, which end x; the result has x's rows, then the outputs.
     w is cast to x's dtype and gathered along fsdp; the result has x's dtype and the sharding of its letters.
-    A quantised w is whole along fsdp, and has no gradient: x alone does.
+    A quantised w is whole along fsdp, and has no gradient: x alone does. Of an adapted w only the adapter has one.
     """
     xs, ws, out = letters(pattern)
     inputs = "".join(letter for letter in ws if letter in xs)
     rows, outputs = xs.removesuffix(inputs), ws.removesuffix(inputs)
     if (xs, ws, out) != (rows + inputs, outputs + inputs, rows + outputs):
         raise ValueError(f"{pattern!r} is not rows + inputs, outputs + inputs -> rows + outputs")
+    if isinstance(w, Adapted):
+        few = contract(f"{xs},r{inputs}->{rows}r", w.dropout(x) if w.dropout else x, w.a)
+        change = contract(f"{rows}r,{outputs}r->{rows}{outputs}", few, w.b)
+        return contract(pattern, x, jax.lax.stop_gradient(w.w)) + w.scale * change
     if isinstance(w, Quantized):
         return quantized.contract(xs, outputs, inputs, x, w, dtype=x.dtype)
     return _contract(pattern, x, jax.sharding.reshard(w.astype(x.dtype), sharding.weight(ws, w.shape)))

@@ -8,6 +8,8 @@ import typing
 import jax
 from jaxtyping import Array, Bool, Int
 
+from qwen_jax.ops.dropout import Dropout
+
 # A hidden score. Finite, so that a row that sees nothing (padding) has uniform probabilities instead of NaN.
 HIDDEN = -1e30
 
@@ -28,6 +30,7 @@ class Mask:
       balanced: that order is the one of `sharding.balanced_columns`, which without a `context` axis is the same.
       band: the least and the most t - s that may be visible where aligned, None for any; lets an implementation skip
         more of what all else hides.
+      dropout: of attention weights, in training; None for none.
       lengths: [B], tokens of each row's prompt, without padding, where sparse attention looks at them; None elsewhere.
     """
 
@@ -37,6 +40,7 @@ class Mask:
     key_segments: Int[Array, "B S"] | None = None
     window: Int[Array, ""] | None = None
     lengths: Int[Array, " B"] | None = None
+    dropout: Dropout | None = None
     aligned: bool = dataclasses.field(default=False, metadata={"static": True})
     balanced: bool = dataclasses.field(default=False, metadata={"static": True})
     band: tuple[int, int | None] = dataclasses.field(default=(0, None), metadata={"static": True})

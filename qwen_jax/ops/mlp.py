@@ -11,10 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from qwen_jax import sharding
 from qwen_jax.ops import quantized
+from qwen_jax.ops.linear import contract
+from qwen_jax.ops.lora import Adapted
 from qwen_jax.ops.quantized import Quantized
 
 # Tokens of a piece on one device. For 7B, reading the matrices then takes a thirtieth of the time of multiplying with
@@ -23,7 +26,7 @@ PIECE = 8192
 
 _LETTERS = ("fd", "fd", "df")  # of gate, up and down
 
-Weight = Any  # an array, or Quantized, of which there is no gradient
+Weight = Any  # an array, Quantized or Adapted
 Matrices = tuple[Weight, Weight, Weight]
 Splits = tuple[Any, ...]  # a PartitionSpec of each, or Quantized with one in the place of each array
 Letters = tuple[str, str, str]
@@ -37,14 +40,16 @@ def in_pieces(x: Float[Array, "B T D"]) -> bool:
 
 def mlp(
     x: Float[Array, "B T D"],
-    gate: Float[Array, "F D"] | Quantized,
-    up: Float[Array, "F D"] | Quantized,
-    down: Float[Array, "D F"] | Quantized,
+    gate: Float[Array, "F D"] | Quantized | Adapted,
+    up: Float[Array, "F D"] | Quantized | Adapted,
+    down: Float[Array, "D F"] | Quantized | Adapted,
 ) -> Float[Array, "B T D"]:
     """`down(silu(gate(x)) * up(x))` in x's dtype; the matrices are parameters as stored, cast to it or quantised.
 
-    There is no gradient of quantised ones.
+    There is no gradient of quantised ones, and of adapted ones that of the adapter.
     """
+    if any(isinstance(w, Adapted) for w in (gate, up, down)):
+        return _adapted(x, (gate, up, down))
     matrices = cast(_LETTERS, (gate, up, down), x.dtype)
     return _mlp(jax.sharding.reshard(x, sharding.activation("btd", x.shape)), matrices)
 
@@ -95,6 +100,25 @@ def _backward(saved, dy):
 
 
 _mlp.defvjp(_forward, _backward)
+
+
+def _adapted(x: Float[Array, "B T D"], matrices: Matrices) -> Float[Array, "B T D"]:
+    """Likewise by `contract`, whose gradients of adapters autodiff adds up from piece to piece: they are small."""
+    rows = sharding.activation("btd", x.shape)
+    of_pieces = P(None, *rows)
+    cut = jax.shard_map(lambda x: _pieces(x)[:, None], in_specs=rows, out_specs=of_pieces)
+    joined = jax.shard_map(lambda y, x: _joined(y, like=x), in_specs=(of_pieces, rows), out_specs=rows)
+
+    @jax.checkpoint
+    def piece(numbered):
+        number, x = numbered
+        gate, up, down = (w.fold(number) if isinstance(w, Adapted) else w for w in matrices)
+        hidden = _gated(contract("btd,fd->btf", x, gate), contract("btd,fd->btf", x, up))
+        return contract("btf,df->btd", hidden, down)
+
+    x = jax.sharding.reshard(x, rows)
+    pieces = cut(x)
+    return joined(jax.lax.map(piece, (jnp.arange(len(pieces)), pieces)), x)
 
 
 def _gated(gate: Array, up: Array) -> Array:
@@ -152,7 +176,7 @@ def _pieces(x: Float[Array, "B T D"]) -> Float[Array, "pieces tokens D"]:
     return jnp.pad(tokens, ((0, count * size - len(tokens)), (0, 0))).reshape(count, size, -1)
 
 
-def _joined(pieces: Float[Array, "pieces tokens D"], like: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def _joined(pieces: Float[Array, "pieces ... D"], like: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     batch, length, width = like.shape
     return pieces.reshape(-1, width)[: batch * length].reshape(like.shape)
 

@@ -73,6 +73,10 @@ class Checkpoint:
         except OSError as error:
             raise FileError(f"{self.path / name} cannot be read: {reason(error)}") from error
 
+    def shapes(self, item: str) -> dict[str, tuple[int, ...]]:
+        """The shape of each array of an item, by its path in the tree."""
+        return {path: tuple(array["shape"]) for path, array in self._manifest.arrays.get(item, {}).items()}
+
     def load(self, item: str, like: Any) -> Any:
         """The arrays of an item, in the tree and on the shardings of `like`; nothing of other items is read.
 

@@ -1,9 +1,9 @@
 """Models from one form to the other: `python -m qwen_jax.weights.convert SRC DST [--to hf|native] [--dtype TYPE]`.
 
 Published folders become checkpoints of this library, checkpoints become published folders, and either can be written
-again in another dtype, or with `--quantize int4-g128` as a published folder in the form of GPTQ. Weights pass through
-in pieces, so memory does not grow with the model. DST appears when all of it is on the disk and has been read back
-and compared: then it holds certificate.json.
+again in another dtype, or with `--quantize int4-g128` as a published folder in the form of GPTQ. An adapter is merged
+into its model, or with `--to peft` written alone. Weights pass through in pieces, so memory does not grow with the
+model. DST appears when all of it is on the disk and has been read back and compared: then it holds certificate.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import numpy as np
 
 from qwen_jax.command import Parser, run_command
 from qwen_jax.errors import ConfigError, FileError, ModelError
-from qwen_jax.weights import hf, publish
+from qwen_jax.weights import hf, peft, publish
+from qwen_jax.weights.adapted import AdaptedModel, is_quantized
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.hf_quantization import parse as parse_quantization
 from qwen_jax.weights.manifest import sync
@@ -90,6 +91,25 @@ def convert(
         say(_of_loss(lost))
 
 
+def write_adapter(source: Model, target: Path) -> None:
+    """Writes the adapter of a model, in the form of PEFT, to a folder that does not exist yet, or is empty.
+
+    Raises ModelError if the model has none, ConfigError or FileError if `target` cannot be written.
+    """
+    if not isinstance(source, AdaptedModel):
+        raise ModelError(f"{source.path} is a whole model and no adapter; leave --to peft out")
+    target = Path(os.path.realpath(target))
+    try:
+        _check_target(source.path, target)
+        with _partial_folder(target) as partial:
+            peft.write(source, partial)
+            peft.read(partial, source.base)
+            os.rename(partial, target)
+            sync(target.parent)
+    except OSError as error:
+        raise FileError(f"{target} cannot be written: {error.strerror}") from error
+
+
 def _size(table: Sequence[hf.Tensor], dtypes: Mapping[str, np.dtype]) -> int:
     return sum(dtypes[tensor.name].itemsize * math.prod(tensor.shape) for tensor in table)
 
@@ -149,7 +169,7 @@ def _words(values: np.ndarray) -> np.ndarray:
 def _dtypes(source: Model, to: str, dtype: str | None) -> dict[str, np.dtype]:
     """The type of each tensor that is written."""
     stored = {tensor.name: source.dtype(tensor) for tensor in source.table}
-    if not dtype and isinstance(source, PublishedFolder) and source.quantized.names:
+    if not dtype and is_quantized(source):
         raise ModelError(f"{source.path} is quantised; choose with --dtype in what its weights are to be written")
     if dtype:
         return dict.fromkeys(stored, np.dtype(dtype))
@@ -251,11 +271,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with open_model(options.src, allow_pickle_format=options.allow_pickle_format, warn=_say) as source:
         rounding = None
         if options.quantize:
-            if isinstance(source, PublishedFolder) and source.quantized.names:
+            if is_quantized(source) and not isinstance(source, AdaptedModel):
                 raise ModelError(f"{source.path} is quantised already; take the model that it was made of")
             rounding = Rounding(source.table, parse_quantization(options.quantize), head=options.quantize_head)
         to = options.to or ("native" if isinstance(source, PublishedFolder) and not rounding else "hf")
         target = Path(os.path.expanduser(options.dst))
+        if to == "peft":
+            write_adapter(source, target)
+            _say(f"adapter written: {target}")
+            return 0
         convert(source, target, to=to, dtype=options.dtype, say=_say, rounding=rounding)
     return 0
 
@@ -271,7 +295,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_model_options(parser, "src")
     parser.add_argument("dst", metavar="DST", type=Path, help="folder to write; new, or empty")
     parser.add_argument(
-        "--to", choices=["hf", "native"], help="form to write (default: hf from a checkpoint, else native)"
+        "--to",
+        choices=["hf", "native", "peft"],
+        help="form to write (default: hf from a checkpoint, else native); peft: of a run's adapter, the adapter alone",
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type to cast the weights to (default: none)")
     parser.add_argument(
@@ -283,8 +309,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quantize_head and not options.quantize:
         raise ConfigError("--quantize-head goes with --quantize")
-    if options.quantize and options.to == "native":
-        raise ConfigError("--quantize writes published folders, and --to native asks for a checkpoint; leave one out")
+    if options.quantize and options.to not in (None, "hf"):
+        raise ConfigError(f"--quantize writes published folders, and --to {options.to} asks for another form")
+    if options.dtype and options.to == "peft":
+        raise ConfigError("--to peft writes an adapter in float32, as it is trained; leave --dtype out")
     return options
 
 

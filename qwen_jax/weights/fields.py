@@ -58,6 +58,12 @@ class Fields:
             raise self.refusal(name, "a positive number is wanted")
         return float(value)
 
+    def text(self, name: str) -> str:
+        value = self.values[self.name_of(name)]
+        if type(value) is not str or not value or not value.isprintable():
+            raise self.refusal(name, "a text is wanted")
+        return value
+
     def flag(self, name: str) -> bool:
         value = self.values[self.name_of(name)]
         if type(value) is not bool:

@@ -55,6 +55,11 @@ class Tensor:
         return tuple(itertools.starmap(slice, itertools.pairwise(ends)))
 
 
+def output_axes(part: Part, rows: slice) -> int:
+    """How many of the axes of a part, which is `rows` of its tensor, are rows of it."""
+    return next(n for n in range(1, len(part.shape) + 1) if math.prod(part.shape[:n]) == rows.stop - rows.start)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Names:
     """Where a layer's name has "*", there is one tensor for each expert."""
@@ -135,7 +140,7 @@ _UNKNOWN_HINTS = {
     "*.qweight": "these weights are quantised, and config.json has no quantization_config, which says how",
     "*mlp.experts.gate_up_proj": "experts are read one by one, as they are published, and these are joined",
     "*mlp.experts.[0-9]*": "this is a mixture of experts: is model_type right?",
-    "*.lora_[AB].*": "this is an adapter: merge it into its model first",
+    "*.lora_[AB].*": "this is an adapter, and has a config.json beside it as a model has: remove that",
 }
 
 

@@ -13,33 +13,39 @@ import numpy as np
 
 from qwen_jax.config import DType, ModelConfig, Moe
 from qwen_jax.errors import ModelError
-from qwen_jax.model import Params, abstract, unstack_layers
+from qwen_jax.model import Params, abstract, attach, merge, stack_layers, unstack_layers
+from qwen_jax.model.adapter import split_of, tree_of
 from qwen_jax.ops.quantized import Quantized
 from qwen_jax.weights import hf
+from qwen_jax.weights.adapted import AdaptedModel, Adapter
 from qwen_jax.weights.hf_quantization import Quantization
 from qwen_jax.weights.load_quantized import abstract_quantized, load_quantized
-from qwen_jax.weights.source import NativeCheckpoint, PublishedFolder
+from qwen_jax.weights.source import Model, NativeCheckpoint, PublishedFolder
 
 
-def load_params(model: PublishedFolder | NativeCheckpoint, *, dtype: DType, stacked: bool) -> Params:
+def load_params(model: Model, *, dtype: DType, stacked: bool) -> Params:
     """The parameters in `dtype`, split over the current mesh as `model.abstract` says.
+
+    An adapter is merged into them, but stays beside what is quantised.
 
     Args:
       model: where they are. Weights that are quantised there are so here.
       dtype: all others are cast to it.
-      stacked: whether layers are one tree of [L, ...] arrays, or one tree each; quantised ones are one tree each.
+      stacked: whether layers are one tree of [L, ...] arrays, or one tree each.
 
     Raises ModelError if the files are damaged, ConfigError if quantised weights cannot be split over the mesh.
     """
+    if isinstance(model, AdaptedModel):
+        base = load_params(model.base, dtype=dtype, stacked=stacked)
+        adapter = load_adapter(model.adapter, dtype=dtype, stacked=stacked)
+        return merge(attach(base, adapter, scale=model.adapter.scale))
     if isinstance(model, NativeCheckpoint):
         params = model.checkpoint.load("params", abstract(model.config))
         params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
         return params if stacked else unstack_layers(params)
+    assert isinstance(model, PublishedFolder), "other models are read piece by piece"
     if stacked and model.quantized.names:
-        raise ModelError(
-            f"{model.path} is quantised, and those weights are for decoding; to train them, write them unquantised "
-            "first: python -m qwen_jax.weights.convert SRC DST --dtype bfloat16"
-        )
+        return _stacked(load_params(model, dtype=dtype, stacked=False), model)
     quantized = {name: model.quantized.of(name) for name in model.quantized.names}
     wanted = abstract_params(model.config, model.table, dtype=dtype, stacked=stacked, quantized=quantized)
     found = _parts(model.table)
@@ -54,6 +60,25 @@ def load_params(model: PublishedFolder | NativeCheckpoint, *, dtype: DType, stac
         return jax.make_array_from_callback(leaf.shape, cast(jax.sharding.Sharding, leaf.sharding), part)
 
     return cast(Params, jax.tree.map_with_path(load, wanted, is_leaf=_is_quantized))
+
+
+def load_adapter(adapter: Adapter, *, dtype: DType, stacked: bool) -> Params:
+    """An adapter's tree on the current mesh: its matrices in float32, and what takes the place of tables in `dtype`."""
+
+    def put(path: str, array: np.ndarray) -> jax.Array:
+        values = array.astype(jnp.dtype(dtype)) if path.endswith("/w") else array
+        split = jax.sharding.NamedSharding(jax.sharding.get_mesh(), split_of(path, array.shape))
+        return jax.make_array_from_callback(array.shape, split, lambda index: values[index])
+
+    tree = tree_of({path: put(path, array) for path, array in adapter.arrays.items()})
+    return tree if stacked else unstack_layers(tree)
+
+
+def _stacked(params: Params, model: Model) -> Params:
+    layers = [params[f"layers_{i}"] for i in range(model.config.num_layers)]
+    if len({jax.tree.structure(layer) for layer in layers}) > 1:
+        raise ModelError(f"{model.path} has layers that are not quantised alike, which cannot be stacked")
+    return jax.jit(stack_layers)(params)
 
 
 def abstract_params(
@@ -83,7 +108,7 @@ def abstract_params(
             raise ModelError(f"experts such as {places[0][0].name} are not quantised alike, and only that is read")
         if how := next(iter(hows), None):
             _, part, rows = places[0]
-            return abstract_quantized(leaf, shape=part.shape, outputs=_output_axes(part, rows), how=how)
+            return abstract_quantized(leaf, shape=part.shape, outputs=hf.output_axes(part, rows), how=how)
         whole = jax.sharding.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=whole)
 
@@ -144,15 +169,10 @@ def _reader(model: PublishedFolder, found: _Parts) -> Callable[[str, tuple[int, 
 
 def _published(part: hf.Part, rows: slice, index: tuple[slice, ...]) -> tuple[slice, ...]:
     """The rows and columns of a published tensor, of which `rows` are this part, that are `index` of the part."""
-    outputs = _output_axes(part, rows)
+    outputs = hf.output_axes(part, rows)
     row = _joined(part.shape[:outputs], index[:outputs])
     down = slice(rows.start + row.start, rows.start + row.stop)
     return (down,) if outputs == len(part.shape) else (down, _joined(part.shape[outputs:], index[outputs:]))
-
-
-def _output_axes(part: hf.Part, rows: slice) -> int:
-    """How many of the axes of a part are rows of its published tensor."""
-    return next(n for n in range(1, len(part.shape) + 1) if math.prod(part.shape[:n]) == rows.stop - rows.start)
 
 
 def _joined(shape: tuple[int, ...], index: tuple[slice, ...]) -> slice:

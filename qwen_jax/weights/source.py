@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -29,6 +29,8 @@ from qwen_jax.weights.quantized import QuantizedTensors
 from qwen_jax.weights.stored import StoredArrays
 from qwen_jax.weights.tensors import RegularFile, quoted
 
+PEFT_CONFIG = "adapter_config.json"
+ADAPTER = "adapter.json"  # of a checkpoint that holds an adapter, and not a model
 INDEX = "model.safetensors.index.json"
 PIECE_BYTES = 8 * 2**20  # small enough for the allocator to use the same memory again
 
@@ -49,6 +51,7 @@ SIDE_FILES = (
     "NOTICE",
 )
 SIDE_FILES_BYTES = 64 * 2**20  # of all together; the largest published have 20 million
+_Kind = Literal["published", "native", "peft"]
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -254,22 +257,48 @@ class NativeCheckpoint(Model):
 
 
 def open_model(
-    reference: str | Path, *, allow_pickle_format: bool = False, warn: Callable[[str], None] = warnings.warn
-) -> PublishedFolder | NativeCheckpoint:
+    reference: str | Path,
+    *,
+    allow_pickle_format: bool = False,
+    warn: Callable[[str], None] = warnings.warn,
+    within: tuple[Path, ...] = (),
+) -> Model:
     """The model that a reference names.
 
     Args:
       reference: a published folder; a run folder, checkpoints folder or step folder of ours; or, with the `hub` extra,
-        the name of a published model such as "Qwen/Qwen2.5-0.5B-Instruct", optionally with @revision.
+        the name of a published model such as "Qwen/Qwen2.5-0.5B-Instruct", optionally with @revision. A run that has
+        trained an adapter, or a folder of PEFT's with one, is the model that it names with the adapter merged into it.
       allow_pickle_format: whether weights in PyTorch's own format are read.
       warn: takes one line about what was survived.
+      within: the adapters of which this is the base.
 
     Raises FileError if there is nothing of that name, ModelError if it cannot be used.
     """
-    with _located(reference, allow_pickle_format=allow_pickle_format) as (path, published):
-        if published:
+    from qwen_jax.weights import adapted, peft  # whose models are made of those here
+
+    with _located(reference, allow_pickle_format=allow_pickle_format) as (path, kind):
+        if path in within:
+            raise ModelError(f"{path} is an adapter of itself; name its base in it")
+        if kind == "published":
             return PublishedFolder(path, allow_pickle_format=allow_pickle_format)
-        return NativeCheckpoint(open_checkpoint(path, warn=warn))
+        checkpoint = None if kind == "peft" else open_checkpoint(path, warn=warn)
+        if checkpoint and ADAPTER not in checkpoint.files:
+            return NativeCheckpoint(checkpoint)
+        made = adapted.Adapter.of_checkpoint(checkpoint) if checkpoint else None
+        name = made.base if made else peft.base_of(path)
+        try:
+            base = open_model(name, allow_pickle_format=allow_pickle_format, warn=warn, within=(*within, path))
+        except FileError as error:
+            raise FileError(f"{path} is an adapter of {name}, which is not there: {error}") from error
+        try:
+            if checkpoint and made:
+                about = dict(config=_native_config(checkpoint), chat=checkpoint.meta.get("chat"))
+                return adapted.AdaptedModel(base, made, path=checkpoint.path, **about)
+            return adapted.AdaptedModel(base, peft.read(path, base), path=path)
+        except BaseException:
+            base.close()
+            raise
 
 
 def read_config(reference: str | Path) -> ModelConfig:
@@ -277,25 +306,32 @@ def read_config(reference: str | Path) -> ModelConfig:
 
     Takes and raises what `open_model` does.
     """
-    with _located(reference) as (path, published):
-        if not published:
+    with _located(reference) as (path, kind):
+        if kind == "peft":
+            from qwen_jax.weights import peft
+
+            return read_config(peft.base_of(path))
+        if kind == "native":
             return _native_config(open_checkpoint(path, items=(), warn=lambda _: None))
         with RegularFile(inside(path, "config.json")) as file:
             return _published_config(file.read_bytes(0, min(file.size, SIDE_FILES_BYTES)), file.path)[0]
 
 
 @contextlib.contextmanager
-def _located(reference: str | Path, *, allow_pickle_format: bool = False) -> Iterator[tuple[Path, bool]]:
-    """The folder that a reference names, and whether it is one as published; what the system refuses is a FileError."""
+def _located(reference: str | Path, *, allow_pickle_format: bool = False) -> Iterator[tuple[Path, _Kind]]:
+    """The folder that a reference names, and what kind it is of; what the system refuses is a FileError."""
     path = Path(os.path.expanduser(reference)).absolute()  # Path.expanduser raises where there is no such user
     try:
         # "runs/mine" reads as a name too; where there is a folder "runs", it is a run that is not there.
         if not path.exists() and not path.parent.is_dir() and hub.is_name(str(reference)):
             path = hub.download(str(reference), allow_pickle_format=allow_pickle_format)
         published = os.path.lexists(path / "config.json") and not (path / manifest.FILE_NAME).exists()
+        if not published and os.path.lexists(path / PEFT_CONFIG):
+            yield path, "peft"
+            return
         if not published and any(itertools.chain(path.glob("*.safetensors"), path.glob("*.bin"))):
             raise FileError(f"{path} has weights and no config.json, which says what they are; put it beside them")
-        yield path, published
+        yield path, "published" if published else "native"
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}") from error
 

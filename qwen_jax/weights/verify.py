@@ -26,7 +26,7 @@ from qwen_jax.command import Parser, run_command
 from qwen_jax.errors import FileError, ModelError
 from qwen_jax.weights import hf
 from qwen_jax.weights.progress import Bytes
-from qwen_jax.weights.source import Model, NativeCheckpoint, Piece, PublishedFolder, open_model, pieces
+from qwen_jax.weights.source import Model, Piece, open_model, pieces
 
 THREADS = min(8, 2 * (os.cpu_count() or 1))  # some wait for the disk while others hash; each holds a piece or two
 
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _verify(models, options)
 
 
-def _verify(models: Sequence[PublishedFolder | NativeCheckpoint], options: argparse.Namespace) -> int:
+def _verify(models: Sequence[Model], options: argparse.Namespace) -> int:
     certificates = []
     for model in models:
         with Bytes(f"reading {model.path.name}", model.nbytes) as progress:

@@ -173,10 +173,10 @@ def test_groups_that_are_those_of_neighbours_may_be_called_otherwise(tmp_path, m
     load_params(open_model(tmp_path / "model"), dtype="float32", stacked=False)
 
 
-def test_for_training_they_are_refused(tmp_path, mesh):
+def test_layers_can_be_stacked(tmp_path, mesh):
     publish_quantised(tmp_path / "model", DENSE, "qwen2", GPTQ)
-    with pytest.raises(ModelError, match="--dtype bfloat16"):
-        load_params(open_model(tmp_path / "model"), dtype="float32", stacked=True)
+    each, stack = (load_params(open_model(tmp_path / "model"), dtype="float32", stacked=x) for x in (False, True))
+    jax.tree.map(np.testing.assert_array_equal, model.unstack_layers(stack), each)
 
 
 def test_what_decoding_takes_is_a_third(mesh):

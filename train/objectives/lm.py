@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from qwen_jax import model
 from qwen_jax.config import ModelConfig
 from qwen_jax.model import Params, Remat, forward, forward_with_load, head
 from qwen_jax.ops.attention import Implementation
 from qwen_jax.ops.loss import chunked_cross_entropy
 from qwen_jax.ops.router import balance_loss, max_load, z_loss
-from train.config import LM
+from train.config import LM, Noise
 
 
 def loss(
@@ -21,6 +24,7 @@ def loss(
     params: Params,
     batch: Mapping[str, jax.Array],
     *,
+    noise: Noise,
     remat: Remat,
     attention: Implementation,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -30,7 +34,9 @@ def loss(
     over all devices, times its weight. So are `balance`, `z` and `max_load`, the busiest expert's load over the mean.
     """
     tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
-    how = dict(segments=segments, remat=remat, attention=attention, balanced=True)
+    how: dict[str, Any] = dict(segments=segments, remat=remat, attention=attention, balanced=True)
+    if "key" in batch and noise != Noise():
+        how["noise"] = model.Noise(key=batch["key"], **dataclasses.asdict(noise))
     if config.moe is None:
         hidden = forward(config, params, tokens, positions, **how)
     else:

@@ -30,8 +30,8 @@ def adamw(config: AdamW) -> optax.GradientTransformation:
 
 
 def decays(params: Any) -> Any:
-    """Which parameters decay: tables and matrices (named `w`), not biases or norm scales.
+    """Which parameters decay: tables and matrices (named `w`, and those of adapters), not biases or norm scales.
 
     By name and not by rank: a bias of attention heads is [N, H], and any parameter of a stack has one more axis.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1] == jax.tree_util.DictKey("w"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("w", "lora_a", "lora_b"), params)

@@ -17,6 +17,7 @@ from jax.experimental import topologies
 
 from qwen_jax import bindings, model, sharding
 from qwen_jax.command import run_command
+from train import adapter
 from train.config import TrainConfig
 from train.feed import abstract_batch
 from train.plan import hlo
@@ -44,23 +45,16 @@ def compile_here(config: TrainConfig, topology: Topology) -> tuple[Compiled, str
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices(topology))
     with jax.set_mesh(mesh):
         _, optimizer, step = configured(config)
-        state, batch = abstract_state(config.model_config, optimizer), abstract_batch(config)
+        state, batch = abstract_state(config.model_config, optimizer, config.adapter), abstract_batch(config)
+        frozen = adapter.abstract(config.model_config, config.adapter)[1] if config.adapter else {}
         if unrolled(config, mesh):
-            state = jax.eval_shape(model.unstack_layers, state)
-        lowered, start = step.lower(state, batch), time.perf_counter()
-        try:
-            executable = lowered.compile()
-            peak, text = executable.memory_analysis().peak_memory_in_bytes, executable.as_text()
-        except jax.errors.JaxRuntimeError as error:
-            needed = _NEEDED.search(str(error))
-            if needed is None:
-                raise
-            number, unit = needed[1] or needed[3], needed[2] or needed[4]
-            peak, text = int(float(number) * 2 ** (10 * "_KMGT".index(unit))), ""
+            state, frozen = jax.eval_shape(model.unstack_layers, (state, frozen))
+        lowered, start = step.lower(state, batch, frozen), time.perf_counter()
+        peak, text = peak_of(lowered)
     places = [(getattr(device, "slice_index", 0), *device.coords) for device in mesh.devices.flat]
     compiled = Compiled(
         seconds=time.perf_counter() - start,
-        parameters=_bytes(state.params),
+        parameters=_bytes((state.params, frozen)),
         optimizer=_bytes(state.optimizer),
         batch=_bytes(batch),
         peak=peak,
@@ -68,6 +62,19 @@ def compile_here(config: TrainConfig, topology: Topology) -> tuple[Compiled, str
         places=places,
     )
     return compiled, text
+
+
+def peak_of(lowered: jax.stages.Lowered) -> tuple[int, str]:
+    """Bytes in use at the worst moment, and the text of the program; "" where it does not fit, which it then wanted."""
+    try:
+        executable = lowered.compile()
+        return executable.memory_analysis().peak_memory_in_bytes, executable.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _NEEDED.search(str(error))
+        if needed is None:
+            raise
+        number, unit = needed[1] or needed[3], needed[2] or needed[4]
+        return int(float(number) * 2 ** (10 * "_KMGT".index(unit))), ""
 
 
 def devices(topology: Topology) -> Sequence[Any]:
