@@ -188,10 +188,10 @@ def documents(files: Sequence[SourceFile], *, field: str, tally: Tally) -> Itera
     """
     for file in files:
         lines = file.name.lower().endswith(LINES)
-        for origin, raw in _records(file, lines=lines):
+        for origin, raw in records(file, lines=lines):
             try:
                 # A blank line is an empty document, not broken JSON.
-                text = _json_text(raw, field) if lines and raw.strip() else _plain_text(raw)
+                text = text_of(json_object(raw), field) if lines and raw.strip() else plain_text(raw)
             except ValueError as error:  # what JSON, UTF-8 and the functions below raise
                 tally.reject(f"{origin}: {error}")
                 continue
@@ -210,7 +210,7 @@ def rows(files: Sequence[SourceFile], tally: Tally) -> Iterator[tuple[str, dict[
     """
     for file in files:
         array = _is_array(file)
-        for origin, raw in _records(file, lines=not array):
+        for origin, raw in records(file, lines=not array):
             if not raw.strip():
                 tally.empty += 1
                 continue
@@ -243,8 +243,8 @@ def _zipped(file: SourceFile) -> bool:
     return file.name.lower().endswith(".gz")
 
 
-def _records(file: SourceFile, *, lines: bool) -> Iterator[tuple[str, bytes]]:
-    """The lines of a file, or the whole of it, as (origin, bytes)."""
+def records(file: SourceFile, *, lines: bool) -> Iterator[tuple[str, bytes]]:
+    """The lines of a file, or the whole of it, as (origin, bytes): unzipped, without a byte order mark."""
     zipped = _zipped(file)
     number = total = 0
     with _readable(file.path), _open(file) as stream:
@@ -275,7 +275,8 @@ def check_text(text: str) -> str:
     return text
 
 
-def _plain_text(raw: bytes) -> str:
+def plain_text(raw: bytes) -> str:
+    """UTF-8 bytes as text; a ValueError if they are none."""
     return check_text(raw.decode("utf-8"))
 
 
@@ -286,10 +287,16 @@ def _json(raw: bytes) -> Any:
         raise ValueError("JSON nested too deeply") from None
 
 
-def _json_text(raw: bytes, field: str) -> str:
+def json_object(raw: bytes) -> dict[str, Any]:
+    """A JSON line; a ValueError if it is no object."""
     record = _json(raw)
     if not isinstance(record, dict):
         raise ValueError(f"wanted a JSON object on one line, got a {type(record).__name__}")
+    return record
+
+
+def text_of(record: dict[str, Any], field: str) -> str:
+    """The text in a field of a JSON object; a ValueError if there is none."""
     if field not in record:
         raise ValueError(f'no field "{field}" among {sorted(record)[:5]}')
     if not isinstance(record[field], str):
