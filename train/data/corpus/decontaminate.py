@@ -85,8 +85,9 @@ class Samples:
             self._owners = owners[first]
         if settings.lcs is not None:
             self._long = [i for i, each in enumerate(samples) if len(each.words) >= settings.lcs]
-            self._patterns = [Pattern(samples[i].words.tolist()) for i in self._long]
             self._count_words()
+            sequences = (np.searchsorted(self._vocabulary, samples[i].words).tolist() for i in self._long)
+            self._patterns = [Pattern(sequence) for sequence in sequences]
 
     def _count_words(self) -> None:
         """For each sample its distinct words, by their place among all, and how often it has them."""
@@ -94,7 +95,7 @@ class Samples:
         self._vocabulary = np.unique(np.concatenate([np.empty(0, np.uint64), *(found for found, _ in distinct)]))
         self._places = np.concatenate([np.searchsorted(self._vocabulary, found) for found, _ in distinct] or [[]])
         self._times = np.concatenate([times for _, times in distinct] or [[]])
-        self._starts = np.cumsum([0, *(len(found) for found, _ in distinct)])[:-1]
+        self._starts = np.cumsum([0, *(len(found) for found, _ in distinct)])
         self._lengths = np.array([len(self._samples[i].words) for i in self._long])
 
     def ngram_of(self, numbers: np.ndarray) -> str:
@@ -111,36 +112,42 @@ class Samples:
         """Likewise, the sample with which there is too long a common subsequence."""
         if self._settings.lcs is None or not self._long:
             return ""
-        sequence = numbers.tolist()
-        for place in self._candidates(numbers):
-            pattern = self._patterns[place]
-            for stretch in self._stretches(sequence, pattern.length):
-                length = pattern.lcs(stretch)
-                if length >= self._least(min(pattern.length, len(stretch))):
-                    where = self._samples[self._long[place]].where
-                    return f"common subsequence: {length} of {pattern.length} words of {where}"
+        places = np.searchsorted(self._vocabulary, numbers).clip(max=len(self._vocabulary) - 1)
+        places[self._vocabulary[places] != numbers] = len(self._vocabulary)  # no sample's
+        for number in self._candidates(places):
+            if length := self._longest(number, places):
+                sample = self._samples[self._long[number]]
+                return f"common subsequence: {length} of {len(sample.words)} words of {sample.where}"
         return ""
 
-    def _least(self, shorter: int) -> int:
+    def _least(self, shorter: np.ndarray) -> np.ndarray:
         # 0.6 * 25 is a little over 15 in binary.
-        return max(self._settings.lcs or 0, math.ceil(self._settings.lcs_fraction * shorter - 1e-9))
+        return np.maximum(self._settings.lcs or 0, np.ceil(self._settings.lcs_fraction * shorter - 1e-9))
 
-    def _candidates(self, numbers: np.ndarray) -> list[int]:
+    def _candidates(self, places: np.ndarray) -> list[int]:
         """Samples of which a document has enough words, as often: no common subsequence is longer than these."""
-        places = np.searchsorted(self._vocabulary, numbers).clip(max=len(self._vocabulary) - 1)
-        known = places[self._vocabulary[places] == numbers]
-        have = np.bincount(known, minlength=len(self._vocabulary))
-        common = np.add.reduceat(np.minimum(have[self._places], self._times), self._starts)
-        shorter = np.minimum(self._lengths, len(numbers))
-        least = np.maximum(self._settings.lcs or 0, np.ceil(self._settings.lcs_fraction * shorter - 1e-9))
-        return np.flatnonzero(common >= least).tolist()
+        have = np.bincount(places, minlength=len(self._vocabulary) + 1)
+        common = np.add.reduceat(np.minimum(have[self._places], self._times), self._starts[:-1])
+        return np.flatnonzero(common >= self._least(np.minimum(self._lengths, len(places)))).tolist()
 
-    def _stretches(self, sequence: list[int], length: int) -> Iterator[list[int]]:
-        """What of a document is compared with a sample of so many words."""
-        ratio = self._settings.lcs_ratio
-        if ratio is None or len(sequence) <= ratio * length:
-            yield sequence
-            return
-        size = math.ceil(ratio * length)
-        for start in range(0, len(sequence) - size // 2, max(1, size // 2)):
-            yield sequence[start : start + size]
+    def _longest(self, number: int, places: np.ndarray) -> int:
+        """The length of a common subsequence of a sample and a stretch of a document that is too long; 0 for none."""
+        length, ratio = int(self._lengths[number]), self._settings.lcs_ratio
+        whole = ratio is None or len(places) <= ratio * length
+        step = len(places) if whole else math.ceil(ratio * length / 2)  # a stretch is two steps
+        own = slice(self._starts[number], self._starts[number + 1])
+        local = np.full(len(self._vocabulary) + 1, -1)
+        local[self._places[own]] = np.arange(own.stop - own.start)
+        local = local[places]
+        at = np.flatnonzero(local >= 0)
+        shape = (-(-len(places) // step), own.stop - own.start)
+        have = np.bincount(at // step * shape[1] + local[at], minlength=shape[0] * shape[1]).reshape(shape)
+        have = have if whole else have[:-1] + have[1:]
+        starts = np.arange(len(have)) * step
+        stops = np.minimum(starts + 2 * step, len(places))
+        least = self._least(np.minimum(length, stops - starts))
+        for stretch in np.flatnonzero(np.minimum(have, self._times[own]).sum(axis=1) >= least):
+            inside = at[np.searchsorted(at, starts[stretch]) : np.searchsorted(at, stops[stretch])]
+            if (found := self._patterns[number].lcs(places[inside].tolist())) >= least[stretch]:
+                return found
+        return 0

@@ -19,8 +19,8 @@ _BLOCK = 1 << 16
 
 
 def shingles(document: Document, n: int) -> np.ndarray:
-    """uint64 [k]: the distinct n-grams of a document, sorted. One without words has a single one too."""
-    return np.unique(ngrams(hashes(words(document.text)), n))
+    """uint64 [k]: the n-grams of a document. One without words has one too."""
+    return ngrams(hashes(words(document.text)), n)
 
 
 def hash_functions(settings: MinHash) -> tuple[np.ndarray, np.ndarray]:
@@ -38,33 +38,32 @@ def minima(found: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.minimum.reduce([part.min(axis=1) for part in parts])
 
 
-def signature(document: Document, settings: MinHash, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint64 [bands], equal in a band where all of its minima are; and the n-grams."""
-    found = shingles(document, settings.ngram)
-    rows = minima(found, a, b).reshape(settings.bands, settings.rows)
+def signature(found: np.ndarray, settings: MinHash, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """uint64 [bands]: for each band a number that is equal where all of its minima are."""
     total = np.zeros(settings.bands, np.uint64)
-    for column in rows.T:
+    for column in minima(found, a, b).reshape(settings.bands, settings.rows).T:
         total = mix(total + column)
-    return total, found
+    return total
 
 
 def signatures(documents: Iterable[Document], settings: MinHash) -> dict[str, np.ndarray]:
     """The tables of a shard of n documents.
 
-    Returns "bands" uint64 [bands, n], and where candidates are verified "shingles" uint64 [sum of k] and "ends" int64
-    [n], where those of each document end.
+    Returns "bands" uint64 [bands, n], and where candidates are verified "shingles" uint64 [sum of k], the distinct
+    n-grams of each document sorted, and "ends" int64 [n], where those of each document end.
     """
     a, b = hash_functions(settings)
-    bands, found = [], []
+    bands, kept = [], []
     for document in documents:
-        band, own = signature(document, settings, a, b)
-        bands.append(band)
-        found.append(own if settings.verify is not None else own[:0])
+        found = shingles(document, settings.ngram)
+        bands.append(signature(found, settings, a, b))
+        if settings.verify is not None:
+            kept.append(np.unique(found))
     table = np.array(bands, np.uint64).reshape(-1, settings.bands).T
     tables = {"bands": np.ascontiguousarray(table)}
     if settings.verify is not None:
-        tables["shingles"] = np.concatenate([np.empty(0, np.uint64), *found])
-        tables["ends"] = np.cumsum([len(own) for own in found], dtype=np.int64)
+        tables["shingles"] = np.concatenate([np.empty(0, np.uint64), *kept])
+        tables["ends"] = np.cumsum([len(found) for found in kept], dtype=np.int64)
     return tables
 
 

@@ -18,6 +18,7 @@ STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 _BULLETS = ("•", "-", "*", "‣", "⁃", "◦", "●")
 _ELLIPSES = ("...", "…")
+_BLANK_LINES = re.compile(r"\n{3,}")
 _CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 _C4_ENDS = (".", "!", "?", '"', "'", "”", "’")
 _SENTENCE_END = re.compile(r"""[.!?。！？]+["'”’)\]]*(?=\s|$)""")
@@ -157,7 +158,7 @@ def c4(document: Document, counts: Counter[str], limits: C4, bad_words: re.Patte
             counts[f"lines: c4 {broken}"] += 1
         else:
             kept.append(line)
-    document.text = "\n".join(kept).strip()
+    document.text = _BLANK_LINES.sub("\n\n", "\n".join(kept)).strip()
     sentences = len(_SENTENCE_END.findall(document.text))
     if _under(sentences, limits.min_sentences):
         yield f"c4 min_sentences: {sentences}"
@@ -166,10 +167,10 @@ def c4(document: Document, counts: Counter[str], limits: C4, bad_words: re.Patte
 
 
 def _c4_line(line: str, limits: C4) -> str:
-    """The rule that a line breaks. One without words is no line to it, and goes too."""
+    """The rule that a line breaks; a blank one, which parts paragraphs, breaks none."""
     words, lower = line.split(), line.lower()
     if not words:
-        return "blank"
+        return ""
     if _over(max(map(len, words)), limits.max_word_characters):
         return "max_word_characters"
     if limits.terminal_punctuation and (not line.endswith(_C4_ENDS) or line.endswith("...")):

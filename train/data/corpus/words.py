@@ -23,7 +23,7 @@ _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 def words(text: str) -> list[str]:
     """The words of a text in order, case-folded, after NFKC."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return _WORD.findall((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold())
 
 
 def hashes(found: list[str]) -> np.ndarray:
@@ -33,7 +33,7 @@ def hashes(found: list[str]) -> np.ndarray:
     except KeyError:
         if len(_known) > _MAX_KNOWN:
             _known.clear()
-        for word in {*found} - _known.keys():
+        for word in (word for word in set(found) if word not in _known):
             digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
             _known[word] = int.from_bytes(digest, "little")
         return np.array([_known[word] for word in found], np.uint64)
