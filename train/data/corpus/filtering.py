@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from train.data.corpus.documents import Document, LinesWriter, read_documents
-from train.data.corpus.tasks import EXCERPT, Summary, Task
+from train.data.corpus.tasks import DROPPED, EXCERPT, Summary, Task
 
-DOCUMENTS, DROPPED = "jsonl.gz", "dropped.jsonl.gz"
+DOCUMENTS = "jsonl.gz"
 # Documents in, documents and reasons out; the reason is "" for what is kept. It may change a document, and count.
 Filter = Callable[[Iterable[Document], Counter[str]], Iterator[tuple[Document, str]]]
 # Between stages, speed counts; zlib's quickest level is four times as quick as its usual one.

@@ -21,7 +21,7 @@ from train.data.corpus.tasks import Input, Phase
 def corpus_phases(config: Corpus, report: Callable[[str], None]) -> list[Phase]:
     """The phases of a corpus in order. Looks for the files of its source and of its evaluation sets."""
     phases = _read(config, report)
-    shards = phases[-1].tasks
+    shards = phases[0].tasks
     documents = "1-read"  # the phase whose documents the next one reads
 
     def add(name: str, keep: Callable[..., Any], settings: object, extra: str = "", *, alone: bool = False) -> str:

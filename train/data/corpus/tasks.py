@@ -19,6 +19,7 @@ from typing import Any
 from qwen_jax.errors import DataError, FileError
 
 FORMAT = 1  # raised when the same settings make other bytes than an earlier release
+DROPPED = "dropped.jsonl.gz"  # for people alone: no task reads it
 EXAMPLES = 3  # of each reason are kept, per task
 EXCERPT = 300  # characters of an example
 
@@ -145,7 +146,8 @@ class Task:
                 record = _read(path)
                 if record is None:
                     raise DataError(f"{path} is missing: {each.phase} is not done; run the phases in their order")
-                digest.update(f"\n{each.phase} {index} {sorted(record['outputs'].items())}".encode())
+                made = sorted((name, value) for name, value in record["outputs"].items() if DROPPED not in name)
+                digest.update(f"\n{each.phase} {index} {made}".encode())
         return digest.hexdigest()
 
     def _holds(self, outputs: dict[str, str]) -> bool:
