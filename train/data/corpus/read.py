@@ -17,7 +17,13 @@ from train.data.corpus.tasks import Summary, Task
 from train.data.sources import LINES, SourceFile
 
 FILES = "files.json"
-UNREADABLE, EMPTY, NO_TEXT = "unreadable", "empty", "HTML without text"
+UNREADABLE, EMPTY, NO_TEXT, TOO_DEEP = "unreadable", "empty", "HTML without text", "HTML nested too deeply"
+# As browsers; the time that extraction takes grows with the square of it.
+MAX_DEPTH = 512
+_NO_TAGS = re.compile(r"<!--.*?-->|<(script|style)\b.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"<(/?)([a-z][a-z0-9-]*)", re.IGNORECASE)
+# Those that never have an end, and those that the next one of them ends.
+_FLAT = frozenset("area base br col embed hr img input link meta source track wbr p li td th tr dd dt option".split())
 _HTML_NAMES = (".html", ".htm", ".html.gz", ".htm.gz")
 _HTML_BEGINS = re.compile(r"\ufeff?\s*(<\?xml[^>]*>\s*)?(<!doctype\s+html|<html)\b", re.IGNORECASE)
 
@@ -124,8 +130,20 @@ def _document(text: str, id: str, notes: dict[str, Any], summary: Summary) -> tu
     if not _HTML_BEGINS.match(text):
         return Document(text, id, notes), ""
     summary.counts["HTML"] += 1
+    if depth(text) > MAX_DEPTH:
+        return Document(text, id, notes), TOO_DEEP
     found = extract(text)
     return (Document(found, id, notes), "") if found.strip() else (Document(text, id, notes), NO_TEXT)
+
+
+def depth(html: str) -> int:
+    """How deep the tags of a page are nested, about."""
+    level = most = 0
+    for tag in _TAG.finditer(_NO_TAGS.sub("", html)):
+        if tag[2].lower() not in _FLAT:
+            level = max(0, level - 1) if tag[1] else level + 1
+            most = max(most, level)
+    return most
 
 
 def extract(html: str) -> str:
