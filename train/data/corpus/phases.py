@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train.data import sources, tokenise
+from train.data import sources
 from train.data.config import PythonStdlib, Text, TokenizerFile
 from train.data.corpus import decontaminate, domains, duplicates, language, quality, rules
 from train.data.corpus.config import Corpus, Decontaminate, Judged, MinHash
@@ -61,7 +61,8 @@ def _read(config: Corpus, report: Callable[[str], None]) -> list[Phase]:
     shards = shard_files(sources.find_files(config.source, report), config.shard_megabytes)
     # The standard library has test files that are not UTF-8 on purpose.
     allowed = 1.0 if isinstance(config.source, PythonStdlib) else config.max_bad_fraction
-    how = dict(field=tokenise.field_of(config.source), fields=config.fields, bad=allowed > 0)
+    field = "" if isinstance(config.source, PythonStdlib) else config.source.field
+    how = dict(field=field, fields=config.fields, bad=allowed > 0)
     count = len(shards)
     files, read = partial(run_files, shards=shards), partial(run_read, previous="1-files", **how)
     check = partial(run_check, previous="1-read", tasks=count, max_bad_fraction=allowed)

@@ -46,12 +46,12 @@ def run_tokens(task: Task, *, settings: Tokens, seed: int) -> Summary:
     shutil.rmtree(folder, ignore_errors=True)
     source = Text(path=str(task.corpus / DOCUMENTS_FOLDER))
     data = Data(source=source, tokenizer=settings.tokenizer, sequence_length=1, held_out=settings.held_out)
-    made = prepare(data, task.corpus, seed=seed, report=lambda line: print(line, file=sys.stderr))
+    prepare(data, task.corpus, seed=seed, report=lambda line: print(line, file=sys.stderr))
     manifest = Manifest.read(folder)
     task.keep(MANIFEST)
     documents = sum(split.documents for split in manifest.splits.values())
     counts = Counter({f"{name} tokens": split.tokens for name, split in manifest.splits.items()})
-    characters = made.train.num_characters + made.held_out.num_characters
+    characters = sum(split.characters for split in manifest.splits.values())
     return Summary(
         read=documents, kept=documents, characters_read=characters, characters_kept=characters, counts=counts
     )

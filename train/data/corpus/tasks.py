@@ -163,9 +163,7 @@ class Task:
                 stale.unlink()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".json.partial")
-        partial.write_text(
-            json.dumps({"key": key, "outputs": digests, "summary": vars(summary)}, indent=1)
-        )
+        partial.write_text(json.dumps({"key": key, "outputs": digests, "summary": vars(summary)}, indent=1))
         os.replace(partial, path)
 
 

@@ -24,7 +24,9 @@ from train.data.corpus.config import (
 from train.data.corpus.documents import Document, read_documents
 from train.data.corpus.phases import output_of
 
-WORDS = "the of and to that with river stone cloud paper lamp engine garden winter copper signal morning harbour".split()
+WORDS = (
+    "the of and to that with river stone cloud paper lamp engine garden winter copper signal morning harbour".split()
+)
 
 
 def prose(seed: int, length: int = 60) -> str:

@@ -12,7 +12,8 @@ from train.data.corpus.run import run
 pytest.importorskip("datatrove")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# It forks a process of its own before it begins; other tests have made threads by then.
+@pytest.mark.filterwarnings("ignore:.*fork")
 def test_datatroves_local_executor_leaves_the_same_bytes(config, tmp_path):
     from datatrove.executor import LocalPipelineExecutor
 
@@ -21,7 +22,9 @@ def test_datatroves_local_executor_leaves_the_same_bytes(config, tmp_path):
     config, previous = replace(config, tokens=None, minhash=None, rules=None, decontaminate=None, domains=None), None
     for step in steps(config):
         logs = str(tmp_path / "logs" / step.name)
-        previous = LocalPipelineExecutor(pipeline=[step], tasks=step.tasks, workers=1, logging_dir=logs, depends=previous)
+        previous = LocalPipelineExecutor(
+            pipeline=[step], tasks=step.tasks, workers=1, logging_dir=logs, depends=previous
+        )
     previous.run()
     other = replace(config, output=str(tmp_path / "ours"))
     run(other, "")

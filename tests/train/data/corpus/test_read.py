@@ -16,7 +16,8 @@ from train.data.corpus.run import run
 from train.data.sources import SourceFile
 
 PAGE = """<!DOCTYPE html><html><head><meta charset="ENCODING"><title>A page</title><style>p {{}}</style>
-<script>let hidden = 1;</script></head><body><nav><ul><li><a href="/">Home</a></li><li><a href="/b">Shop</a></li></ul></nav>
+<script>let hidden = 1;</script></head><body><nav><ul><li><a href="/">Home</a></li><li><a href="/b">Shop</a></li>
+</ul></nav>
 <article><h1>Bees of the valley</h1><p>Fünf bees &amp; a café were seen by the river, where the grass is high.</p>
 <p>They came back in the evening, and nobody knew why they had left in the first place.</p></article>
 <footer>Copyright</footer></body></html>"""
@@ -75,7 +76,12 @@ def test_a_file_that_changes_meanwhile_is_an_error(raw, tmp_path, monkeypatch):
 
 def test_shards_are_files_in_order():
     files = [SourceFile(None, str(i), size * 1_000_000, 0) for i, size in enumerate([3, 3, 9, 2, 1, 1])]
-    assert [[file.name for file in shard] for shard in read.shard_files(files, 4)] == [["0"], ["1"], ["2"], ["3", "4", "5"]]
+    assert [[file.name for file in shard] for shard in read.shard_files(files, 4)] == [
+        ["0"],
+        ["1"],
+        ["2"],
+        ["3", "4", "5"],
+    ]
     assert read.shard_files([], 4) == []
 
 

@@ -64,7 +64,10 @@ def test_every_rule_of_gopher_quality_was_tried():
     ],
 )
 def test_gopher_repetition_drops_what_it_names(text, reason):
-    defaults, off = GopherRepetition(), dict.fromkeys(("lines", "paragraphs", "line_characters", "paragraph_characters"))
+    defaults, off = (
+        GopherRepetition(),
+        dict.fromkeys(("lines", "paragraphs", "line_characters", "paragraph_characters")),
+    )
     off |= dict(top=(), repeated=())
     if reason in off:
         only, expected = {reason: getattr(defaults, reason)}, f"gopher repeated {reason}"

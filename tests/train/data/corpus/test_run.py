@@ -31,7 +31,9 @@ def test_what_is_left_is_what_the_stages_leave(config):
     report = run(config, "the config\n")
     left = Counter(document.id for document in published(config))
     wiki = {f"a.jsonl.gz:{i}" for i in (1, 3, 5)}
-    expected = {f"{i}.txt" for i in range(6)} | {f"a.jsonl.gz:{i}" for i in (2, 4, 6)} | {f"b.jsonl:{i}" for i in (1, 2, 3)}
+    expected = (
+        {f"{i}.txt" for i in range(6)} | {f"a.jsonl.gz:{i}" for i in (2, 4, 6)} | {f"b.jsonl:{i}" for i in (1, 2, 3)}
+    )
     assert set(left) <= expected | wiki and wiki <= set(left)
     assert all(left[id] in (2, 3) for id in wiki) and all(left[id] == 1 for id in expected & set(left))
     values = json.loads((Path(config.output) / "report.json").read_text())
@@ -52,7 +54,7 @@ def test_a_training_run_takes_the_tokens(config, tmp_path):
     source = Text(path=str(Path(config.output) / "documents"))
     tokens = str(Path(config.output) / "tokens")
     data = Data(source=source, tokenizer=TrainBPE(vocab_size=270), sequence_length=8, held_out=0.0, tokens=tokens)
-    made = prepare(data, tmp_path, seed=0, report=print)
+    made = prepare(data, tmp_path, seed=0, report=print).parts[0]
     assert made.train.num_documents == len(published(config))
     assert made.train.num_characters == sum(len(document.text) for document in published(config))
 
