@@ -47,4 +47,5 @@ bench: $(VENV)/parity
 	$(BIN)/python benchmarks/train_cpu.py
 	$(BIN)/python benchmarks/moe_cpu.py
 	$(BIN)/python benchmarks/generate_cpu.py
+	$(BIN)/python benchmarks/serve_cpu.py
 	$(BIN)/python benchmarks/convert.py
