@@ -270,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the TPU to whom it belongs
     with open_model(options.src, allow_pickle_format=options.allow_pickle_format, warn=_say) as source:
         rounding = None
-        if options.quantize:
+        if options.quantize is not None:
             if is_quantized(source) and not isinstance(source, AdaptedModel):
                 raise ModelError(f"{source.path} is quantised already; take the model that it was made of")
             rounding = Rounding(source.table, parse_quantization(options.quantize), head=options.quantize_head)
@@ -307,9 +307,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quantize-head", action="store_true", help="with --quantize, also the output head, in 8 bits")
     options = parser.parse_args(arguments)
-    if options.quantize_head and not options.quantize:
+    if options.quantize_head and options.quantize is None:
         raise ConfigError("--quantize-head goes with --quantize")
-    if options.quantize and options.to not in (None, "hf"):
+    if options.quantize is not None and options.to not in (None, "hf"):
         raise ConfigError(f"--quantize writes published folders, and --to {options.to} asks for another form")
     if options.dtype and options.to == "peft":
         raise ConfigError("--to peft writes an adapter in float32, as it is trained; leave --dtype out")

@@ -21,6 +21,7 @@ from qwen_jax.weights.source import Piece
 # Of the scale with which the largest number of a group is just in range. Below one, it is cut off, and all others are
 # rounded in finer steps.
 _FACTORS = np.linspace(0.6, 1, 17)
+_LARGEST_SCALE = float(np.finfo(np.float16).max)
 # Matrices of a layer that decide where a token goes: small, and a little off they choose another expert.
 _KEPT = ("mlp/router/w", "mlp/shared_gate/w")
 
@@ -71,8 +72,16 @@ class Rounding:
         return found, kinds
 
     def quantize(self, name: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows [outputs, inputs] of a weight, as unsigned numbers [inputs, outputs] and scales [groups, outputs]."""
+        """Rows [outputs, inputs] of a weight, as unsigned numbers [inputs, outputs] and scales [groups, outputs].
+
+        Raises ModelError for numbers that no scale fits.
+        """
         how = self.how.of(name)
+        if not np.abs(values.astype(np.float32)).max() <= _LARGEST_SCALE * (how.middle - 0.5):  # so of NaN too
+            raise ModelError(
+                f"{name} holds NaN, infinity, or numbers too large for a scale in float16, and cannot be quantised: "
+                "is the model damaged?"
+            )
         numbers, scales = _rounded(values.astype(np.float32), bits=how.bits, group=how.group or values.shape[1])
         return np.asarray(numbers).T, np.asarray(scales).T
 

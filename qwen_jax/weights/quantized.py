@@ -130,6 +130,10 @@ class QuantizedTensors:
 
     def _checked_shape(self, name: str) -> tuple[int, int]:
         how, infos = self.of(name), self._files.tensors
+        if name in infos:
+            raise ModelError(
+                f"{self._files.where(name)} is there quantised too: which is the model's? Remove the other"
+            )
         rows, columns = _matrix(infos[self._part(name, "qweight")])
         inputs, outputs = (rows, columns * how.count) if how.method == "awq" else (rows * how.count, columns)
         if how.group and inputs % how.group:

@@ -11,7 +11,7 @@ from qwen_jax.command import run_command
 from qwen_jax.weights import convert, verify
 from qwen_jax.weights.source import open_model
 from tests.published import publish
-from tests.weights.test_quantized import DENSE, EXPERTS, QWEN1
+from tests.weights.test_quantized import DENSE, EXPERTS, QWEN1, UP, spoil
 
 MODELS = {"dense": ("qwen2", DENSE), "experts": ("qwen2_moe", EXPERTS), "Qwen1": ("qwen", QWEN1)}
 KEPT = ("embed", "wte", "norm", "ln_", "bias", "mlp.gate.weight", "shared_expert_gate")
@@ -75,6 +75,7 @@ def test_there_and_back_is_what_it_stands_for(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
+        (["--quantize", ""], 2, "'' is none of int4, int8"),
         (["--quantize", "int3"], 2, "'int3' is none of int4, int8"),
         (["--quantize", "int4-g12"], 2, "'int4-g12' is none of"),
         (["--quantize", "int4-g24"], 3, "must be multiples of 24 and 8"),
@@ -87,6 +88,19 @@ def test_what_cannot_be_is_refused(tmp_path, capfd, arguments, code, words):
     assert run(tmp_path / "model", tmp_path / "out", *arguments) == code
     assert words in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [np.nan, -np.inf, 1e6])
+def test_what_no_scale_fits_is_refused(tmp_path, capfd, number):
+    publish(tmp_path / "model", DENSE, "qwen2")
+    spoil(
+        tmp_path / "model",
+        f"{UP}.weight",
+        lambda x: np.where(np.arange(x.size).reshape(x.shape) == 5, np.float32(number), x),
+    )
+    assert run(tmp_path / "model", tmp_path / "out", "--quantize", "int4-g16") == 3
+    assert f"{UP}.weight holds NaN, infinity" in capfd.readouterr().err
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_a_quantised_model_is_converted_to_a_type_that_is_chosen(tmp_path, capfd):

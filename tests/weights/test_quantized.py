@@ -130,6 +130,14 @@ def spoil(folder, name, change):
     save_safetensors(folder / "model.safetensors", {name: x for name, x in tensors.items() if x is not None})
 
 
+def both(folder, name):
+    """Puts a weight beside the tensors it is quantised in."""
+    with open_model(folder) as source:
+        tensors = {name: source.files.read(name) for name in source.files.tensors}
+        (tensor,) = (tensor for tensor in source.table if tensor.name == name)
+    save_safetensors(folder / "model.safetensors", tensors | {name: np.zeros(tensor.shape, np.float32)})
+
+
 UP = "model.layers.0.mlp.up_proj"
 ONES = 0x11111111  # one in each number of a word
 
@@ -156,6 +164,7 @@ ONES = 0x11111111  # one in each number of a word
         (GPTQ, lambda f: spoil(f, f"{UP}.g_idx", lambda x: x[::-1].copy()), "desc_act"),
         (GPTQ, lambda f: spoil(f, f"{UP}.scales", lambda x: None), f"{UP}.scales is missing"),
         (GPTQ, lambda f: spoil(f, f"{UP}.scales", lambda x: np.full_like(x, np.inf)), "infinite or no numbers"),
+        (GPTQ, lambda f: both(f, f"{UP}.weight"), "is there quantised too"),
         (GPTQ, lambda f: spoil(f, f"{UP}.qweight", lambda x: x.astype(np.float32)), "is float32.* for int32"),
         (GPTQ, lambda f: spoil(f, "model.layers.0.mlp.down_proj.bias", lambda x: x + 1), "is not zero"),
     ],
