@@ -310,7 +310,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.quantize_head and options.quantize is None:
         raise ConfigError("--quantize-head goes with --quantize")
     if options.quantize is not None and options.to not in (None, "hf"):
-        raise ConfigError(f"--quantize writes published folders, and --to {options.to} asks for another form")
+        raise ConfigError(
+            f"--quantize writes published folders, and --to {options.to} asks for another form; leave one out"
+        )
     if options.dtype and options.to == "peft":
         raise ConfigError("--to peft writes an adapter in float32, as it is trained; leave --dtype out")
     return options
