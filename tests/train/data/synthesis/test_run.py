@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
+from qwen_jax import bindings
 from qwen_jax.errors import DataError
 from qwen_jax.resumable import ResumableFile
+from tests.conftest import tiny_config
+from tests.published import publish
 from tests.train.data.synthesis.conftest import MODEL
-from train.data.synthesis.config import Respond
+from train.data.synthesis.config import Respond, Synthesis
 from train.data.synthesis.input import Input
 from train.data.synthesis.respond import RespondStage
 
+ROOT = Path(__file__).parents[4]
 ROWS = [{"prompt": f"question {n}", "answer": str(n), "id": n} for n in range(7)]
 RESPOND = dict(reference="answer", samples=3)
 
@@ -40,7 +45,7 @@ def test_a_run_keeps_what_is_right_and_says_so(says, stage):
     assert again.code == 0 and "is there already" in again.err and len(engines) == 1
 
 
-@pytest.mark.parametrize("after", range(0, 8, 2))
+@pytest.mark.parametrize("after", [0, 3, 7])
 def test_a_run_that_was_killed_ends_with_the_bytes_of_an_unbroken_one(says, stage, tmp_path, monkeypatch, after):
     says(answers)
     names = ("out.jsonl", "out.jsonl.report.json")
@@ -135,3 +140,29 @@ def test_samples_of_one_row_are_drawn_apart(says, stage):
     says(lambda question, request: drawn.append((request.seed, request.row)) or "3")
     assert stage(ROWS, "Respond", *MODEL, samples=4).code == 0
     assert len(set(drawn)) == 28
+
+
+def test_the_example_and_the_manual_are_configs(tmp_path):
+    manual = (ROOT / "docs/synthesis.md").read_text()
+    (tmp_path / "manual.gin").write_text(next(block for block in manual.split("```\n") if block.startswith("input")))
+    for file in (ROOT / "configs/synthesis.gin", tmp_path / "manual.gin"):
+        config, _ = bindings.resolve(Synthesis, bindings.read(file))
+        assert isinstance(config.stage, Respond) and config.stage.keep == 4
+
+
+def test_a_real_model_goes_on_to_the_same_answers(stage, tmp_path, monkeypatch):
+    publish(tmp_path / "tiny", tiny_config(num_layers=1, vocab_size=260), "qwen2")
+    model = [f"model.path = {str(tmp_path / 'tiny')!r}", 'model.format = "qwen3"', "model.temperature = 1.0"]
+    model += ["model.max_new_tokens = 6", "model.max_length = 60", "model.max_rows = 2", "model.thinking = False"]
+    rows = [{"prompt": text} for text in ("a", "b", "the " * 30)]
+    one = stage(rows, "Respond", *model, samples=2)
+    assert one.code == 0 and one.report["dropped"]["question too long"] == 2, one.err
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    append = ResumableFile.append
+    monkeypatch.setattr(
+        ResumableFile, "append", lambda file, number, row: append(file, number, row) or 1 / (number - 1)
+    )
+    assert stage(rows, "Respond", *model, samples=2, overwrite=True).code == 1
+    monkeypatch.setattr(ResumableFile, "append", append)
+    assert stage(rows, "Respond", *model, samples=2).code == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
