@@ -98,6 +98,8 @@ def _document(row: Batch, segment: int, tokenizer: Tokenizer, paint: _Paint) -> 
     )
     ids = [int(row["tokens"][columns[0]]), *row["targets"][columns].tolist()]
     flags = [False, *(weights > 0).tolist()]
+    if row["tokens"][columns[-1]] == tokenizer.end_of_text:  # in a window, where what follows is the next document
+        ids, flags = ids[:-1], flags[:-1]
     text = ""
     for trained, run in groupby(zip(flags, ids, strict=True), key=lambda pair: pair[0]):
         text += paint.text(tokenizer.decode((token for _, token in run), skip_special=False), trained)

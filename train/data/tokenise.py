@@ -68,7 +68,7 @@ class Reading:
     def describe(self, source: Source, files: Sequence[SourceFile], *, content: bool = True) -> manifest.Source:
         """What the manifest says of a source; without `content` the bytes are not read, and that field is ""."""
         return manifest.Source(
-            description=repr(source),
+            description=_words(source),
             options=self.options(source),
             files=len(files),
             bytes=sum(file.size for file in files),
@@ -83,6 +83,13 @@ class Reading:
         if isinstance(source, Conversations) and self.chat:
             options["format"] = self.chat.name
         return {name: json.dumps(value) for name, value in options.items()}
+
+
+def _words(source: Source) -> str:
+    """The source as the config names it: what is not as it is by default."""
+    fields = [(field.name, getattr(source, field.name), field) for field in dataclasses.fields(source)]
+    given = [f"{name}={value!r}" for name, value, field in fields if value != field.default and value != {}]
+    return f"{type(source).__name__}({', '.join(given)})"
 
 
 def make(reading: Reading, part: Part, folder: Path, tokenizer: Callable[[], Tokenizer]) -> None:
