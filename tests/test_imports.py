@@ -21,6 +21,7 @@ ONLY_IN = {
     "orbax": ["qwen_jax/weights"],
     "safetensors": ["qwen_jax/weights"],
     "llguidance": ["qwen_jax/engine/structured"],
+    **dict.fromkeys(("resiliparse", "py3langid", "datatrove"), ["train/data/corpus"]),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "h11", "pydantic", "prometheus_client"), ["infer/server"]),
     # The command that compares a forward pass with theirs, where a user has them.
     "torch": ["tests", "benchmarks", "qwen_jax/weights/forward.py"],
