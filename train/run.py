@@ -116,8 +116,8 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
                     )
             if config.stages:
                 report.fact("stage", f"{number} of 0 to {len(config.stages)}, up to step {steps.stop:,}")
-            for name, fact in facts(read, steps, stage) if first_host else ():
-                report.fact("reads", f"{name}: {fact}")
+            for fact in facts(read, steps, stage):
+                report.fact("reads", fact)
             if exit_code := train_stage(steps, stage, read.rows, checkpoint, shared):
                 return exit_code
     return 0
@@ -222,7 +222,8 @@ def train_stage(
         if first_host and step == config.steps and not exit_code:
             if held_out:
                 print(f"\n{held_out.summary(losses)}\n")
-            print(f'try  python -m infer generate {config.run_dir} --prompt "def "')
+            how = "chat {}" if "chat" in fingerprint(corpus) else 'generate {} --prompt "def "'
+            print(f"try  python -m infer {how.format(config.run_dir)}")
     return exit_code
 
 

@@ -119,8 +119,8 @@ def count_steps(config: TrainConfig, corpus: Corpus) -> TrainConfig:
     return config.with_steps(steps)
 
 
-def facts(stream: Stream, steps: range, config: TrainConfig) -> list[tuple[str, str]]:
-    """(name of a part, what a stage reads of it) for each."""
+def facts(stream: Stream, steps: range, config: TrainConfig) -> list[str]:
+    """What a stage reads of each part, as lines."""
     counts = stream.schedule.counts(len(steps) * config.batch_size).tolist()
     lines = []
     for part, rows, count in zip(config.data.parts, stream.parts, counts, strict=True):
@@ -130,5 +130,7 @@ def facts(stream: Stream, steps: range, config: TrainConfig) -> list[tuple[str, 
         text = f"{count:,} of {layout.num_rows:,} rows ({epochs:.2f} epochs), {full:.1%} full"
         if isinstance(layout, BestFit) and (layout.num_cut or layout.num_left_out):
             text += f"; {layout.num_cut:,} documents cut, {layout.num_left_out:,} left out"
-        lines.append((part.name, text))
+        if rows.trained_fraction < 1:
+            text += f"; {rows.trained_fraction:.1%} of its tokens trained"
+        lines.append(text if len(stream.parts) == 1 else f"{part.name}: {text}")
     return lines

@@ -85,8 +85,7 @@ def _lines(
             yield from _document(row, segment, tokenizer, paint)
         yield ""
     yield paint.bold(f"steps {steps.start:,} to {steps.stop:,}, {config.batch_size:,} rows each")
-    for (name, fact), rows in zip(facts(read, steps, config), read.parts, strict=True):
-        yield f"{name}: {fact}, {rows.trained_fraction:.1%} trained"
+    yield from facts(read, steps, config)
 
 
 def _document(row: Batch, segment: int, tokenizer: Tokenizer, paint: _Paint) -> Iterator[str]:

@@ -51,7 +51,7 @@ def test_rows_their_borders_and_what_is_trained(config, capsys, monkeypatch):
     assert re.search(r"row \d of step 0: chats, 1 document, \d+ of 64 columns \(\d+\.\d%\), \d+\.\d% trained", plain)
     assert re.search(r"── 1: positions 0 to \d+, \d+ targets trained", plain)
     assert re.search(r"<\|im_start\|>assistant⟦\n   it is \d<\|im_end\|>\n   ⟧<\|endoftext\|>", plain)
-    assert re.search(r"chats: \d+ of 9 rows \(\d\.\d\d epochs\), \d+\.\d% full, \d+\.\d% trained", plain)
+    assert re.search(r"chats: \d+ of 9 rows \(\d\.\d\d epochs\), \d+\.\d% full; \d+\.\d% of its tokens trained", plain)
     assert "\x1b" not in plain and r"\x1b[31m" in plain
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     show.main([config, "--rows", "2"])
