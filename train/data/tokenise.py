@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from qwen_jax.errors import ConfigError, DataError, FileError
 from qwen_jax.text import Tokenizer, train_bpe
@@ -85,11 +86,14 @@ class Reading:
         return {name: json.dumps(value) for name, value in options.items()}
 
 
-def _words(source: Source) -> str:
-    """The source as the config names it: what is not as it is by default."""
-    fields = [(field.name, getattr(source, field.name), field) for field in dataclasses.fields(source)]
-    given = [f"{name}={value!r}" for name, value, field in fields if value != field.default and value != {}]
-    return f"{type(source).__name__}({', '.join(given)})"
+def _words(section: Any) -> str:
+    """A section as the config names it: what is not as it is by default."""
+    if not dataclasses.is_dataclass(section):
+        return repr(section)
+    given = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    default = {field.name: field.default for field in dataclasses.fields(section)} | {"columns": {}}
+    changed = [f"{name}={_words(value)}" for name, value in given.items() if value != default[name]]
+    return f"{type(section).__name__}({', '.join(changed)})"
 
 
 def make(reading: Reading, part: Part, folder: Path, tokenizer: Callable[[], Tokenizer]) -> None:
