@@ -15,7 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import sharding
+from qwen_jax.errors import ConfigError
 from qwen_jax.ops.attention import one_kv_head_per_device
+from qwen_jax.ops.lora import Adapted
+from qwen_jax.ops.quantized import Quantized
 
 _PREFIX = "layers_"
 
@@ -49,17 +52,23 @@ def repeat_kv_heads(params: Any) -> Any:
 
     Where a model has fewer, each is repeated for the devices that share it: a device then stores and reads its own
     alone, where those that cannot be split are whole on every device.
+
+    Raises ConfigError where quantised heads would have to be repeated.
     """
     ways = sharding.axis_size("tensor")
+    whole = lambda x: isinstance(x, Quantized | Adapted)
 
-    def repeat(x: jax.Array) -> jax.Array:
-        if len(x) % ways == 0:
+    def repeat(x: jax.Array | Quantized | Adapted) -> jax.Array | Quantized | Adapted:
+        heads = x.shape[0]
+        if heads % ways == 0:
             return x
+        if isinstance(x, Quantized | Adapted):
+            raise ConfigError(f"{heads} quantised kv heads cannot be split {ways} ways over mesh axis tensor")
         return jax.sharding.reshard(one_kv_head_per_device(x[None])[0], P("tensor", *jax.typeof(x).sharding.spec[1:]))
 
     def of_layer(layer: dict) -> dict:
         attention = layer["attention"]
-        repeated = {name: jax.tree.map(repeat, attention[name]) for name in ("k", "v")}
+        repeated = {name: jax.tree.map(repeat, attention[name], is_leaf=whole) for name in ("k", "v")}
         return {**layer, "attention": {**attention, **repeated}}
 
     return {name: of_layer(node) if name.startswith(_PREFIX) else node for name, node in params.items()}
