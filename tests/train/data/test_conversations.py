@@ -74,7 +74,12 @@ def test_every_form_of_a_conversation_is_the_same_document(read):
 
 
 def test_tools_calls_and_results_of_sharegpt(read):
-    turns = [("human", "hi"), ("function_call", '{"name": "f", "arguments": {"x":  1}}'), ("observation", "2"), ("gpt", "yo")]
+    turns = [
+        ("human", "hi"),
+        ("function_call", '{"name": "f", "arguments": {"x":  1}}'),
+        ("observation", "2"),
+        ("gpt", "yo"),
+    ]
     row = {"conversations": [{"from": who, "value": text} for who, text in turns], "tools": json.dumps([TOOL])}
     several = {"messages": [USER, CALL, RESULT, ANSWER], "tools": TOOLS}
     found, _ = read(row, several)
@@ -145,7 +150,10 @@ def test_ids_and_flags_of_a_document(read):
     control = tokenizer.control["<|im_end|>"]
     assert ids.count(control) == 3, "what the user spells out is no token"
     assert len(trained) == len(ids) + 1 and not trained[-1]
-    assert tokenizer.decode([i for i, on in zip(ids, trained, strict=False) if on], skip_special=False) == "\nyo<|im_end|>\n"
+    assert (
+        tokenizer.decode([i for i, on in zip(ids, trained, strict=False) if on], skip_special=False)
+        == "\nyo<|im_end|>\n"
+    )
     assert (len(plain), ends) == (2, [False, True, True])
     assert next(encode(tokenizer, [dataclasses.replace(found[0], pieces=None)]))[1] is None
     assert chat.text_of(found[0].pieces) == found[0].text

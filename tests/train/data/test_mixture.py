@@ -15,7 +15,10 @@ from train.data.rows import BestFit, stream_seed
 WEIGHTS = (0.7, 0.2, 0.1)
 
 
-@given(st.lists(st.just(0.0) | st.floats(1e-3, 5), min_size=1, max_size=6).filter(lambda w: sum(w) > 0.1), st.integers(0, 10**9))
+@given(
+    st.lists(st.just(0.0) | st.floats(1e-3, 5), min_size=1, max_size=6).filter(lambda w: sum(w) > 0.1),
+    st.integers(0, 10**9),
+)
 @settings(deadline=None, max_examples=20)
 def test_each_part_has_its_share_at_any_time_and_its_rows_in_order(weights, far):
     schedule = Schedule(weights, seed=7)

@@ -74,7 +74,9 @@ def test_a_row_holds_whole_documents_apart(make_shards):
     assert found["weights"].sum() == sum(map(len, made))
 
 
-@pytest.mark.parametrize(("too_long", "columns", "cut", "left_out"), [("split", 38, 2, 0), ("truncate", 24, 2, 0), ("drop", 8, 0, 2)])
+@pytest.mark.parametrize(
+    ("too_long", "columns", "cut", "left_out"), [("split", 38, 2, 0), ("truncate", 24, 2, 0), ("drop", 8, 0, 2)]
+)
 def test_documents_of_no_token_one_a_row_and_more(make_shards, too_long, columns, cut, left_out):
     """0, 1, exactly a row, a row and one more, two rows and more: what becomes of each is counted."""
     shards = make_shards(documents(1, 0, 7, 9, 21))
@@ -95,8 +97,15 @@ def test_a_document_with_nothing_left_to_train_is_left_out(write_shards, tmp_pat
     layout = BestFit(shards, 8, seed=0, too_long="truncate")
     assert (layout.num_columns, layout.num_left_out) == (7, 1)
     found = epoch(best_fit_rows(shards, 8, too_long="truncate"))
-    trained = [token for ids, flag in ((made[0], flags[0]), (made[2], flags[2])) for token, on in zip([*ids, END], flag, strict=True) if on]
-    assert sorted(found["targets"][found["weights"] > 0].tolist()) == sorted(trained[:2] + trained[3:]), "no first token"
+    trained = [
+        token
+        for ids, flag in ((made[0], flags[0]), (made[2], flags[2]))
+        for token, on in zip([*ids, END], flag, strict=True)
+        if on
+    ]
+    assert sorted(found["targets"][found["weights"] > 0].tolist()) == sorted(trained[:2] + trained[3:]), (
+        "no first token"
+    )
     (folder / "train-00000.trained.bin").write_bytes(bytes(len(shards)))
     with pytest.raises(DataError, match=r"train-00000\.trained\.bin is not what was written"):
         manifest.verify(folder)

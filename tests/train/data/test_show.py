@@ -22,8 +22,8 @@ data.source.parts.2.source.path = "{folder}/chats.jsonl"
 data.source.parts.2.source.format = "qwen2"
 data.source.parts.2.weight = 0.5
 data.tokenizer = @TrainBPE
-data.tokenizer.vocab_size = 280
-data.sequence_length = 64
+data.tokenizer.vocab_size = 262
+data.sequence_length = 128
 data.held_out = 0.0
 batch_size = 2
 epochs = 2
@@ -48,7 +48,7 @@ def config(tmp_path):
 def test_rows_their_borders_and_what_is_trained(config, capsys, monkeypatch):
     assert show.main([config, "--rows", "2"]) == 0
     plain = capsys.readouterr().out
-    assert re.search(r"row \d of step 0: chats, 1 document, \d+ of 64 columns \(\d+\.\d%\), \d+\.\d% trained", plain)
+    assert re.search(r"row \d of step 0: chats, 1 document, \d+ of 128 columns \(\d+\.\d%\), \d+\.\d% trained", plain)
     assert re.search(r"── 1: positions 0 to \d+, \d+ targets trained", plain)
     assert re.search(r"<\|im_start\|>assistant⟦\n   it is \d<\|im_end\|>\n   ⟧<\|endoftext\|>", plain)
     assert re.search(r"chats: \d+ of 9 rows \(\d\.\d\d epochs\), \d+\.\d% full; \d+\.\d% of its tokens trained", plain)
