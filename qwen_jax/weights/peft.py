@@ -187,6 +187,7 @@ def write(model: AdaptedModel, folder: Path) -> None:
 def _tensors(model: AdaptedModel) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """The tensors that PEFT stores, and the rank of each kind of module."""
     arrays, tensors, ranks = model.adapter.arrays, {}, {}
+    names: dict[tuple[str, ...], str] = {}
     for module, tensor in modules(model.table).items():
         stems = paths_of(tensor)
         if not stems or f"{stems[0]}/{A}" not in arrays:
@@ -195,7 +196,9 @@ def _tensors(model: AdaptedModel) -> tuple[dict[str, np.ndarray], dict[str, int]
         pairs = [(arrays[f"{stem}/{A}"][layer], arrays[f"{stem}/{B}"][layer]) for stem in stems]
         a, b = _joined([(a.reshape(len(a), -1), b.reshape(-1, len(a))) for a, b in pairs])
         tensors |= {f"{_PREFIX}{module}.lora_A.weight": a, f"{_PREFIX}{module}.lora_B.weight": b}
-        ranks[short_name(model.table, module)] = len(a)
+        if stems not in names:
+            names[stems] = short_name(model.table, module)
+        ranks[names[stems]] = len(a)
     if "embed/w" in arrays:
         tensors[_PREFIX + model.table[0].name] = arrays["embed/w"]
         tensors[_PREFIX + "lm_head.weight"] = arrays.get("head/w", arrays["embed/w"])
