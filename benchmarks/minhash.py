@@ -3,10 +3,10 @@
     pip install -e '.[corpus]' datasketch xxhash
     python benchmarks/minhash.py [--documents 5000] [--rounds 3]
 
-The documents are pieces of the Python standard library and, of half of them, copies in which words are replaced: from none
-to half. Every pair of a piece and its copies is labelled by its exact Jaccard similarity of 5-grams. All sides cut the same
-words, have 14 bands of 8 64-bit hashes, and run in turn on one core; the best of the rounds counts. Throughput, in processor time, is from
-text to signatures, which is all of the work but a few sorts.
+The documents are pieces of the Python standard library and, of half of them, copies in which words are replaced: from
+none to half. Every pair of a piece and its copies is labelled by its exact Jaccard similarity of 5-grams. All sides
+cut the same words, have 14 bands of 8 64-bit hashes, and run in turn on one core; the best of the rounds counts.
+Throughput, in processor time, is from text to signatures, which is all of the work but a few sorts.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def main() -> int:
     texts, families = planted(options.documents)
     similarity = exact(texts, families)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    print(f"{len(texts)} documents, {megabytes:.1f} MB, {len(similarity)} labelled pairs; {NGRAM}-grams, {BANDS} x {ROWS}")
+    print(
+        f"{len(texts)} documents, {megabytes:.1f} MB, {len(similarity)} labelled pairs; {NGRAM}-grams, {BANDS} x {ROWS}"
+    )
     sides = {"ours": ours, "ours, verified": verified, "datatrove": datatrove, "datasketch": datasketch}
     found: dict[str, Pairs] = {}
     seconds: dict[str, list[float]] = defaultdict(list)
@@ -57,7 +59,10 @@ def main() -> int:
         for name, side in sides.items():
             took, found[name] = side(texts)
             seconds[name].append(took)
-    print(f"\n| | recall at J >= {THRESHOLD} | at the band's curve | precision | documents/s | MB/s |\n|---|---|---|---|---|---|")
+    print(
+        f"\n| | recall at J >= {THRESHOLD} | at the band's curve | precision | documents/s | MB/s |\n"
+        "|---|---|---|---|---|---|"
+    )
     rows = {name: measure(pairs, similarity) for name, pairs in found.items()}
     speed = {name: len(texts) / min(each) for name, each in seconds.items()}
     for name, (recall, expected, precision) in rows.items():
@@ -119,7 +124,9 @@ def exact(texts: Sequence[str], families: Sequence[Sequence[int]]) -> dict[tuple
         if len(numbers) <= 50:  # a phrase of so many documents makes none of them similar on its own
             for pair in itertools.combinations(numbers, 2):
                 counts[pair] += 1
-    pairs |= {pair for pair, common in counts.items() if common >= 0.3 * min(map(len, (grams[pair[0]], grams[pair[1]])))}
+    pairs |= {
+        pair for pair, common in counts.items() if common >= 0.3 * min(map(len, (grams[pair[0]], grams[pair[1]])))
+    }
     return {(a, b): len(grams[a] & grams[b]) / len(grams[a] | grams[b]) for a, b in pairs}
 
 
