@@ -49,8 +49,7 @@ def run(config: Synthesis, *, overwrite: bool = False) -> int:
             for path in (_report(output), output) if overwrite else ():
                 path.unlink(missing_ok=True)
             head = lambda number: f'{{"index": {number}, "sample": 0, '.encode()
-            how = dict(total=len(rows), n=1, head=head)
-            with ResumableFile(_progress(output), **how, digest=digest, overwrite=overwrite) as file:
+            with ResumableFile(_progress(output), len(rows), 1, head, digest=digest, overwrite=overwrite) as file:
                 _work(config, stage, rows, opened, file)
                 _finish(output, stage, file, digest)
             _progress(output).unlink()
