@@ -78,7 +78,7 @@ class Table(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self) -> Float[Array, "V D"] | Quantized:
+    def __call__(self) -> Float[Array, "V D"] | Quantized | Adapted:
         split = sharding.weight("vd", self.shape)
         normal = jax.nn.initializers.normal(0.02)
         return weight(self, lambda key: normal(key, self.shape, self.param_dtype, out_sharding=split))

@@ -11,6 +11,7 @@ from qwen_jax import sharding
 from qwen_jax.config import ModelConfig, Moe
 from qwen_jax.model.layers import Linear, weight
 from qwen_jax.model.mlp import MLP
+from qwen_jax.ops.lora import Adapted
 from qwen_jax.ops.moe import apply_experts
 from qwen_jax.ops.quantized import Quantized
 from qwen_jax.ops.router import Load, load, route
@@ -52,7 +53,9 @@ class _Stack(nn.Module):
             self.scale, "fan_in", "truncated_normal", in_axis=2, out_axis=1, batch_axis=0
         )
         split = sharding.weight(self.letters, self.shape)
-        return weight(self, lambda key: kernel(key, self.shape, self.param_dtype, out_sharding=split))
+        w = weight(self, lambda key: kernel(key, self.shape, self.param_dtype, out_sharding=split))
+        assert not isinstance(w, Adapted), "experts have no adapters"
+        return w
 
 
 class MoE(nn.Module):

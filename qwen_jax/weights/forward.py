@@ -15,12 +15,12 @@ from qwen_jax.errors import ModelError
 from qwen_jax.model import hidden_states, logits
 from qwen_jax.sharding import make_mesh
 from qwen_jax.weights.load import load_params
-from qwen_jax.weights.source import NativeCheckpoint, PublishedFolder
+from qwen_jax.weights.source import Model
 
 LENGTH = 32  # tokens that are compared
 
 
-def compare(ours: PublishedFolder | NativeCheckpoint, published: Path) -> list[tuple[str, float, float]]:
+def compare(ours: Model, published: Path) -> list[tuple[str, float, float]]:
     """For each layer and the logits: its name, the largest difference, and the largest value of theirs; in float32.
 
     Args:

@@ -66,7 +66,7 @@ def read(folder: Path, base: Model) -> Adapter:
             if a is None and b is None:
                 continue
             tensor = matrices[module]
-            _check_pair(folder, module, tensor, a, b, fields)
+            a, b = _checked_pair(folder, module, tensor, a, b, fields)
             b = b * (_scale(fields, module) / common)
             for part, rows in zip(tensor.parts, tensor.rows, strict=True):
                 _put(arrays, part, rows, a, b[rows], base.config.num_layers, ranks[part.path])
@@ -92,15 +92,18 @@ def _ranks(matrices: Mapping[str, hf.Tensor], pairs: Mapping[str, tuple[Any, Any
     return ranks
 
 
-def _check_pair(folder: Path, module: str, tensor: hf.Tensor, a: Any, b: Any, fields: Fields) -> None:
+def _checked_pair(
+    folder: Path, module: str, tensor: hf.Tensor, a: np.ndarray | None, b: np.ndarray | None, fields: Fields
+) -> tuple[np.ndarray, np.ndarray]:
     rank = _pattern(fields, "rank_pattern", module) or fields.integer("r")
     outputs, inputs = tensor.shape
     shapes = [None if x is None else list(x.shape) for x in (a, b)]
-    if shapes != [[rank, inputs], [outputs, rank]]:
+    if a is None or b is None or shapes != [[rank, inputs], [outputs, rank]]:
         raise ModelError(
             f"{folder / WEIGHTS}: lora_A and lora_B of {module} are {shapes[0]} and {shapes[1]}, and [{rank}, {inputs}]"
             f" and [{outputs}, {rank}] are wanted: is it an adapter of this base?"
         )
+    return a, b
 
 
 def _put(
