@@ -2,9 +2,9 @@
 
     python benchmarks/lora.py [MODEL [TOPOLOGY]]
 
-The step is compiled for a TPU that is not there (libtpu; no TPU is needed) and not run: one row of 2048 tokens,
-with the settings of Qwen's own finetune.py and whole layers recomputed. What does not fit is what the compiler says it
-would have wanted.
+The step is compiled for a TPU that is not there (libtpu; no TPU is needed) and not run: one row of 2048 tokens, with
+the settings of Qwen's own finetune.py but no dropout, and whole layers recomputed. What does not fit is what the
+compiler says it would have wanted.
 """
 
 from __future__ import annotations
