@@ -20,7 +20,7 @@ from qwen_jax.weights.usage import read_usage
 from tests.train.conftest import record
 from train import run as run_module
 from train import stream
-from train.config import LM, Pretrained, Stage
+from train.config import LM, Noise, Pretrained, Stage
 from train.data import Conversations, Mixture, Part, Rows, Text, TrainBPE
 from train.data.rows import BestFit
 from train.objectives import lm
@@ -112,7 +112,7 @@ def test_packed_documents_have_the_loss_and_the_gradient_of_those_alone(config, 
     small = dataclasses.replace(config.model, vocab_size=96, num_layers=1)
 
     def of(params, batch):
-        return lm.loss(small, LM(), params, batch, remat="none", attention="reference")
+        return lm.loss(small, LM(), params, batch, noise=Noise(), remat="none", attention="reference")
 
     with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
         params = model.init(small, jax.random.key(0))

@@ -24,7 +24,7 @@ def loss(
     params: Params,
     batch: Mapping[str, jax.Array],
     *,
-    noise: Noise = Noise(),
+    noise: Noise,
     remat: Remat,
     attention: Implementation,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
