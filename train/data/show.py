@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_jax import bindings
-from qwen_jax.command import Parser, run_command
+from qwen_jax.command import run_command
 from qwen_jax.errors import ConfigError
 from qwen_jax.text import Tokenizer
+from train.command import ConfigParser, resolve
 from train.config import TrainConfig
 from train.data import prepare
 from train.data.rows import Batch
@@ -33,22 +32,12 @@ SHOWN = 600  # characters of a stretch of text, unless --whole
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of the command line `arguments` (default: this process's)."""
-    parser = Parser(
-        prog="python -m train.data.show",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", metavar="CONFIG.gin", type=Path, help="the run")
-    parser.add_argument(
-        "--set", metavar="PATH=VALUE", nargs="+", action="extend", default=[], help="bind config fields, after the file"
-    )
+    parser = ConfigParser("train.data.show", description=__doc__, epilog=EPILOG, config="the run")
     parser.add_argument("--step", type=int, default=0, help="of the batch that is shown (default: 0)")
     parser.add_argument("--rows", type=int, default=3, help="how many of its rows (default: 3)")
     parser.add_argument("--whole", action="store_true", help="leave nothing out of long texts")
     options = parser.parse_args(arguments)
-    found = [*bindings.read(options.config), *bindings.parse_set(options.set)]
-    config, _ = bindings.resolve(TrainConfig, found)
+    config, _ = resolve(TrainConfig, options)
 
     report = Report()
     check_parts(config)

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_jax import bindings
-from qwen_jax.command import Parser, run_command
+from qwen_jax.command import run_command
 from qwen_jax.errors import ConfigError, FileError
+from train.command import ConfigParser, resolve
 from train.config import TrainConfig
 from train.plan import page, search, serve
 from train.plan import topology as topologies
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of the command line `arguments` (default: this process's)."""
     options = parse(arguments)
     topology = topologies.parse(options.topology, slices=options.slices)
-    config, _ = bindings.resolve(TrainConfig, [*bindings.read(options.config), *bindings.parse_set(options.set)])
+    config, _ = resolve(TrainConfig, options)
     stages = dict(enumerate(stage for _, stage in config.stage_configs))
     if options.stage is not None and options.stage not in stages:
         raise ConfigError(f"--stage {options.stage} is not one of this run's, which are 0 to {len(stages) - 1}")
@@ -126,18 +127,9 @@ def _print(options: argparse.Namespace, fields: object, text: str) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m train.plan",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", metavar="CONFIG.gin", type=Path, help="the run")
+    parser = ConfigParser("train.plan", description=__doc__, epilog=EPILOG, config="the run")
     parser.add_argument("--topology", metavar="CHIP:SHAPE", required=True, help="what to plan for")
     parser.add_argument("--slices", metavar="N", type=int, default=1, help="slices of it, along the data axis")
-    parser.add_argument(
-        "--set", metavar="PATH=VALUE", nargs="+", action="extend", default=[], help="bind config fields, after the file"
-    )
     parser.add_argument("--stage", metavar="N", type=int, help="of a run with stages: 0 is before stages.1 (all)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--search", action="store_true", help="find mesh, remat and accumulation of the same run")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from qwen_jax import bindings
-from qwen_jax.command import Parser, run_command
+from qwen_jax.command import run_command
+from train.command import ConfigParser, resolve
 from train.data.corpus.config import Corpus
 
 EPILOG = """\
@@ -24,19 +23,10 @@ exit codes: 0 done, 1 unexpected, 2 usage or config, 3 data or model, 4 file or 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of the command line `arguments` (default: this process's)."""
-    parser = Parser(
-        prog="python -m train.data.corpus",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", metavar="CONFIG.gin", type=Path, help="what to make, and of what")
-    parser.add_argument(
-        "--set", metavar="PATH=VALUE", nargs="+", action="extend", default=[], help="bind config fields, after the file"
-    )
-    parser.add_argument("--print", action="store_true", help="show the resolved config and where each value is from")
+    parser = ConfigParser("train.data.corpus", description=__doc__, epilog=EPILOG, config="what to make, and of what")
+    parser.add_print()
     options = parser.parse_args(arguments)
-    config, provenance = bindings.resolve(Corpus, [*bindings.read(options.config), *bindings.parse_set(options.set)])
+    config, provenance = resolve(Corpus, options)
     text = bindings.render(config, provenance)
     if options.print:
         print(text, end="")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from qwen_jax import bindings
-from qwen_jax.command import Parser, run_command
+from qwen_jax.command import run_command
 from qwen_jax.errors import SAVED_PLEASE_RESTART
+from train.command import ConfigParser, resolve
 from train.data.synthesis.config import Synthesis
 
 EPILOG = """\
@@ -29,20 +28,11 @@ exit codes: 0 done, 1 unexpected, 2 usage or config, 3 data or model, 4 file or 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of the command line `arguments` (default: this process's)."""
-    parser = Parser(
-        prog="python -m train.data.synthesis",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", metavar="CONFIG.gin", type=Path, help="what to do")
-    parser.add_argument(
-        "--set", metavar="PATH=VALUE", nargs="+", action="extend", default=[], help="bind config fields, after the file"
-    )
-    parser.add_argument("--print", action="store_true", help="show the resolved config and where each value is from")
+    parser = ConfigParser("train.data.synthesis", description=__doc__, epilog=EPILOG, config="what to do")
+    parser.add_print()
     parser.add_argument("--overwrite", action="store_true", help="begin the output anew, whatever is in it")
     options = parser.parse_args(arguments)
-    config, provenance = bindings.resolve(Synthesis, [*bindings.read(options.config), *bindings.parse_set(options.set)])
+    config, provenance = resolve(Synthesis, options)
     if options.print:
         print(bindings.render(config, provenance), end="")
         return 0
