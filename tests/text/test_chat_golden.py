@@ -134,15 +134,9 @@ def arguments(draw: random.Random) -> dict:
     return {draw.choice(WORDS): draw.choice(VALUES) for _ in range(draw.randint(0, 3))}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_native_text_equals_the_published_template(name):
-    pytest.importorskip("jinja2", minversion="3.1.6")
-    from qwen_jax.text import template_child
-
-    form = chat.FORMATS[PUBLISHED[name]]
-    template = template_child.Template((TEMPLATES / f"{name}.jinja").read_text("utf-8"))
-    draw = random.Random(name)
-    for _ in range(CHATS):
+def renders(draw: random.Random, form: chat.Format, template, *, count: int):
+    """Random chats of a format, which its template writes in the same words: pieces, text and trained spans."""
+    for _ in range(count):
         messages, tools = random_chat(draw, form)
         options = {"add_generation_prompt": draw.random() < 0.5}
         if form.thinks and not form.quiet:
@@ -150,6 +144,17 @@ def test_native_text_equals_the_published_template(name):
         pieces = form.render(messages, tools=tools, **options)
         text, spans = template.render({"messages": messages, "tools": tools, **options})
         assert chat.text_of(pieces) == text, messages
+        yield pieces, text, spans
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_native_text_equals_the_published_template(name):
+    pytest.importorskip("jinja2", minversion="3.1.6")
+    from qwen_jax.text import template_child
+
+    form = chat.FORMATS[PUBLISHED[name]]
+    template = template_child.Template((TEMPLATES / f"{name}.jinja").read_text("utf-8"))
+    for pieces, text, spans in renders(random.Random(name), form, template, count=CHATS):
         if "training" in name:
             trained = "".join(("x" if piece.trained else " ") * len(piece.text) for piece in pieces)
             assert trained == marked(len(text), spans)

@@ -18,6 +18,7 @@ from typing import Any
 
 from qwen_jax.errors import DataError, FileError
 from qwen_jax.resumable import ResumableFile
+from train.data.manifest import to_disk
 from train.data.synthesis import config as schema
 from train.data.synthesis.asking import Asker, Opened, open_for
 from train.data.synthesis.config import Synthesis
@@ -150,8 +151,7 @@ def _write(path: Path, lines: Iterable[bytes]) -> int:
     with partial.open("wb") as file:
         for line in lines:
             count += file.write(line) > 0
-        file.flush()
-        os.fsync(file.fileno())
+        to_disk(file)
     os.replace(partial, path)
     return count
 
