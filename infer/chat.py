@@ -62,7 +62,15 @@ def _talk(chat: Conversation) -> int:
 
 
 def _obey(chat: Conversation, line: str) -> bool:
-    """Does what a line says; False to leave."""
+    """Does what a line says; False to leave. Ctrl-C stops that, and not the chat."""
+    try:
+        return _do(chat, line)
+    except KeyboardInterrupt:  # between the parts of an answer: within one, it is for that part to say what stays
+        print(file=sys.stderr)
+        return True
+
+
+def _do(chat: Conversation, line: str) -> bool:
     command, _, rest = line.rstrip().partition(" ")  # nothing, where a space comes first
     rest = rest.strip()
     if command == "/exit":
@@ -236,12 +244,12 @@ class Conversation:
         """Results of calls, and whether the answer goes on: Ctrl-C stops a tool, and with it the answer."""
         results: list[str] = []
         for call in calls:
-            note(f"{call.name} {call.arguments}")
             try:
+                note(f"{call.name} {call.arguments}")
                 results.append(self._tools.call(call))
+                note(results[-1])
             except KeyboardInterrupt:
                 return results + ["stopped by the user"] * (len(calls) - len(results)), False
-            note(results[-1])
         return results, True
 
     def _prompt(self, messages: list[Message]) -> tuple[list[int], bool]:

@@ -298,6 +298,32 @@ def test_calls_end_at_the_limits(discuss, says, functions, monkeypatch):
     assert code == 0 and out.endswith("lower\n") and prompts[-1].count("stopped by the user") == 2
 
 
+def test_ctrl_c_between_the_parts_of_an_answer_does_not_end_the_chat(discuss, says, functions, monkeypatch):
+    says(call("add", x=1, y=2), "lower")
+    texts = []
+
+    def shown(text):
+        texts.append(text)
+        if len(texts) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer.chat, "note", shown)
+    code, out, _ = discuss("low", "er", options=("--format", "qwen2.5", "--tools", functions))
+    assert code == 0 and out.endswith("lower\n") and texts == ['add {"x": 1, "y": 2}']
+    answer, turns = infer.chat.Conversation._answer, []
+
+    def stopped(chat, messages):
+        turns.append(messages)
+        if len(turns) == 1:
+            raise KeyboardInterrupt
+        answer(chat, messages)
+
+    monkeypatch.setattr(infer.chat.Conversation, "_answer", stopped)
+    says("lower")
+    assert discuss("low", "er", options=("--format", "qwen2.5"))[:2] == (0, "lower\n")
+    assert turns[1] == [{"role": "user", "content": "er"}]
+
+
 @pytest.mark.parametrize("end", ["^C", "<|im_end|>^C"])
 def test_an_answer_that_is_interrupted_calls_nothing(discuss, says, functions, tmp_path, end):
     says("I add." + call("add", x=1) + end, end="")
