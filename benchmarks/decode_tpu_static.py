@@ -97,12 +97,10 @@ def measure(case: Case) -> dict[str, Any]:
 
 def compile_step(case: Case, layers: int) -> dict[str, Any]:
     """The step of so many layers."""
-    from qwen_jax import sharding
     from qwen_jax.engine.steps import compute
 
     config, params, cache, last, inputs = arguments(case, layers)
-    ends = sharding.axis_size(sharding.ROWS) if case.piece else 0
-    program = compute.lower(config, params, cache, last, inputs, ends=ends).compile()
+    program = compute.lower(config, params, cache, last, inputs).compile()
     memory, text = program.memory_analysis(), program.as_text()
     found, sent = hlo.read(text), {}
     for each in found.collectives:
@@ -145,6 +143,7 @@ def arguments(case: Case, layers: int) -> tuple[Any, ...]:
     import jax.numpy as jnp
 
     from qwen_jax import model
+    from qwen_jax.engine.packing import Capacity, Packing
     from qwen_jax.engine.steps import Inputs
     from qwen_jax.ops.pages import Rows, kv_heads
 
@@ -156,10 +155,13 @@ def arguments(case: Case, layers: int) -> tuple[Any, ...]:
     num_pages = (case.rows + bool(case.piece)) * width
     cache = jax.eval_shape(lambda: model.make_cache(config, num_pages, case.page_size, int8=case.int8))
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    rows = lambda count, new: Rows(lengths=ints(count), table=ints(count, width), count=ints(), width=new)
+    rows = lambda count, new: Rows(lengths=ints(count), table=ints(count, width), counts=ints(count), width=new)
     inputs = Inputs(rows=rows(case.rows, 1), places=ints(case.rows))
     if case.piece:
-        inputs = dataclasses.replace(inputs, piece=rows(1, case.piece), tokens=ints(case.piece))
+        packing = Packing(capacity=Capacity(), width=width, least=1, prompts=False, padding_costs=False)
+        blocks = case.piece // packing.block
+        pieces = dict(pieces=rows(blocks, packing.block), tokens=ints(case.piece), ends=ints(blocks))
+        inputs = dataclasses.replace(inputs, **pieces)
     config = dataclasses.replace(config, num_kv_heads=kv_heads(config.num_kv_heads))
     return config, params, cache, ints(case.rows + 1), inputs
 

@@ -93,7 +93,8 @@ def forward(config: ModelConfig, params: model.Params, tokens: jax.Array, sparse
     length = tokens.shape[1]
     pages = -(-length // PAGE)
     table = jnp.arange(pages, dtype=jnp.int32)[None]
-    rows = Rows(lengths=jnp.array([length], jnp.int32), table=table, count=jnp.int32(length), width=length)
+    lengths = jnp.array([length], jnp.int32)
+    rows = Rows(lengths=lengths, counts=lengths, table=table, width=length)
     batch = model.Batch(rows=(rows,), prompts=jnp.full(length, length, jnp.int32))
     cache = model.make_cache(config, pages, PAGE)
     return model.forward_cached(config, params, tokens[0], batch, cache, sparse=sparse)[0][None]

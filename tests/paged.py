@@ -34,7 +34,8 @@ def paged(config, rows, slots, prompts=None):
 def forward(config, params, tokens, positions, rows, **how):
     """The hidden states [B, T, D] of tokens [B, T] at consecutive positions, and the rows with them."""
     batch, width = tokens.shape
-    new = Rows(lengths=positions[:, 0] + width, table=rows.table, count=np.int32(batch * width), width=width)
+    counts = np.full(batch, width, np.int32)
+    new = Rows(lengths=positions[:, 0] + width, counts=counts, table=rows.table, width=width)
     prompts = None if rows.prompts is None else jnp.repeat(rows.prompts, width)
     whose = model.Batch(rows=(new,), prompts=prompts)
     hidden, cache = model.forward_cached(config, params, tokens.reshape(-1), whose, rows.cache, **how)

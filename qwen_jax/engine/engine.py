@@ -60,15 +60,14 @@ class _Flight:
       rows: those that decode, in the order of the tokens that are made.
       usable: for each of them, how many guesses after its first token may be kept.
       guesses: [R, width - 1].
-      ending: the row whose prompt ends in this step, which makes the token number `index`; None for none.
+      ending: the rows whose prompts end in this step, and the numbers of the tokens that they make.
       chosen: the tokens; None if none are made.
     """
 
     rows: Sequence[Row] = ()
     usable: Sequence[int] = ()
     guesses: Any = None
-    ending: Row | None = None
-    index: int = 0
+    ending: Sequence[tuple[Row, int]] = ()
     chosen: Chosen | None = None
 
 
@@ -130,7 +129,7 @@ class Engine:
             capacity=capacity, width=width, least=least, prompts=lengths, padding_costs=padding_costs
         )
         pages = Pages(num_pages, size)
-        self._scheduler = Scheduler(pages, max_rows=capacity.max_rows, piece=self._packing.piece)
+        self._scheduler = Scheduler(pages, max_rows=capacity.max_rows, block=self._packing.block, room=self._packing.room)
         self._speculate = speculate
         self._seen: Seen | None = None
         self._flight: _Flight | None = None
@@ -223,28 +222,24 @@ class Engine:
             return None
         self._steps += 1
         with jax.set_mesh(self.mesh):
-            inputs, ends = self._packing.inputs(plan.rows, plan.piece)
+            inputs = self._packing.inputs(plan.rows, plan.pieces)
             guesses, usable = None, [0] * len(plan.rows)
             if self._speculate:
                 inputs, guesses, usable = self._look_ahead(inputs, plan.rows, ahead)
-            sparse = self._sparse if plan.piece and plan.piece.row.kind is None else None
-            scores, self._cache = compute(
-                self.config, self._params, self._cache, self._last, inputs, ends=ends, sparse=sparse
-            )
-            if plan.piece:
-                self._scheduler.publish(plan.piece.row)
-            ending = plan.piece.row if plan.piece and plan.piece.last else None
-            if not plan.rows and ending is None:
+            sparse = self._sparse if plan.pieces and plan.pieces[0].row.kind is None else None
+            scores, self._cache = compute(self.config, self._params, self._cache, self._last, inputs, sparse=sparse)
+            if not plan.rows and not any(piece.last for piece in plan.pieces):
                 return _Flight()
             width = 1 if guesses is None else 1 + guesses.shape[1]
             wanted: list[Wanted] = [(row, i) for row in plan.rows for i in range(width)]
             wanted += [None] * (len(scores) - len(wanted))
-            index = len(scores) - ends
-            if ending is not None:
-                wanted[index] = ending, 0
-                self._remember(ending)
+            first = len(scores) - (0 if inputs.ends is None else len(inputs.ends))
+            ending = [(piece.row, first + i) for i, piece in enumerate(plan.pieces) if piece.last]
+            for row, index in ending:
+                wanted[index] = row, 0
+                self._remember(row)
             chosen = self._choose(scores, wanted)
-        return _Flight(rows=plan.rows, usable=usable, guesses=guesses, ending=ending, index=index, chosen=chosen)
+        return _Flight(rows=plan.rows, usable=usable, guesses=guesses, ending=ending, chosen=chosen)
 
     def _look_ahead(
         self, inputs: Inputs, rows: Sequence[Row], ahead: int
@@ -268,7 +263,7 @@ class Engine:
         if self._drafter:
             self._drafter.follow(inputs if guesses is None else inputs.without_rows())
         if guesses is not None:
-            inputs = inputs.with_guesses(guesses, len(rows))
+            inputs = inputs.with_guesses(guesses)
         return inputs, guesses, usable
 
     def _choose(self, scores: jax.Array, wanted: Sequence[Wanted]) -> Chosen:
@@ -312,8 +307,7 @@ class Engine:
                 if ahead:
                     row.made, row.length = row.made + 1, row.length + 1
                 made.append(self._emit(row, index * width + ahead, chosen))
-        if flight.ending is not None and not flight.ending.done:
-            made.append(self._emit(flight.ending, flight.index, chosen))
+        made += [self._emit(row, index, chosen) for row, index in flight.ending if not row.done]
         return made
 
     def _emit(self, row: Row, index: int, chosen: Chosen) -> Token:

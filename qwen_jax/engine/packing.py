@@ -17,10 +17,10 @@ from qwen_jax.ops.sampling import Sampling, Stages
 
 # Numbers of rows, and lengths of pieces, are rounded up to a few: the least, so many times that, and so on.
 _STEP = 4
-_SHORTEST = 32
+_SHORTEST = 32  # and what pieces are padded to
 # Where padding costs what tokens cost:
 _MANY, _STEP_OF_MANY = 4, 2  # rows
-_LEAST_FULL = 0.75  # a piece; one that would be less so is cut
+_LEAST_FULL = 0.75  # of the place for pieces; where it would be less, there is less of it
 
 _IDLE = Sampling(temperature=0)
 
@@ -38,7 +38,7 @@ class Capacity:
       cache_tokens: tokens that the cache has room for; None for `max_rows` requests of `max_length` tokens each.
       page_size: tokens of a page, the unit in which rows take room and share what they have in common; with int8 a
         multiple of 128.
-      chunk: tokens of a prompt that one step takes in, at most.
+      chunk: tokens of prompts that one step takes in, at most.
       int8: whether keys and values are kept in int8, with a scale for each.
     """
 
@@ -68,34 +68,55 @@ class Packing:
     prompts: bool
     padding_costs: bool
 
-    def piece(self, left: int) -> int:
-        """How many tokens of a prompt the next step takes in, of those that are left."""
-        size = min(left, self.capacity.chunk)
-        shorter = [width for width in self._piece_widths if width < size]
-        if self.padding_costs and shorter and size < _LEAST_FULL * self._piece_width(size):
-            return shorter[-1]
-        return size
+    @property
+    def block(self) -> int:
+        """What pieces are padded to."""
+        return -(-min(_SHORTEST, self.capacity.chunk) // self.least) * self.least
 
-    def inputs(self, rows: Sequence[Row], piece: Piece | None) -> tuple[Inputs, int]:
-        """What the model takes in, and how many rows of logits the piece has."""
+    def room(self, fillable: int) -> int:
+        """The place that the next step has for pieces, where so much could be filled."""
+        size = min(fillable, self._widths[-1])
+        width = next(width for width in self._widths if width >= size)
+        if self.padding_costs and width > self.block and size < _LEAST_FULL * width:
+            return max(width for width in self._widths if width < size)
+        return width
+
+    def inputs(self, rows: Sequence[Row], pieces: Sequence[Piece]) -> Inputs:
+        """What the model takes in."""
         given: dict[str, Any] = {}
         prompts = []
         if rows:
             count = next(count for count in self._row_counts if count >= len(rows))
             more = count - len(rows)
             given["places"] = np.array([*(row.place for row in rows), *[self.capacity.max_rows] * more], np.int32)
-            given["rows"] = self._rows(rows, [row.length for row in rows], count, width=1)
+            given["rows"] = self._rows(rows, [row.length for row in rows], [1] * len(rows), count, width=1)
             prompts += [*(len(row.request.prompt) for row in rows), *[0] * more]
-        if piece is not None:
-            size = piece.stop - piece.start
-            width = self._piece_width(size)
-            given["tokens"] = np.zeros(width, np.int32)
-            given["tokens"][:size] = piece.row.tokens[piece.start : piece.stop]
-            given["piece"] = self._rows([piece.row], [piece.stop], 1, width=width, new=size)
-            prompts += [len(piece.row.request.prompt)] * width
+        if pieces:
+            arrays, lengths = self._pieces(pieces)
+            given |= arrays
+            prompts += lengths
         if self.prompts:
             given["prompts"] = np.array(prompts, np.int32)
-        return Inputs(**given), self.least if piece else 0
+        return Inputs(**given)
+
+    def _pieces(self, pieces: Sequence[Piece]) -> tuple[dict[str, Any], list[int]]:
+        """The fields of `Inputs` for pieces, and the length of the prompt of each token."""
+        sizes = [piece.stop - piece.start for piece in pieces]
+        places = [-(-size // self.block) * self.block for size in sizes]
+        # A prompt that is taken in whole, since what it keeps goes by all of it, is one block.
+        whole = pieces[0].row.kind is None
+        total = next((width for width in self._widths if width >= sum(places) and not whole), sum(places))
+        count = 1 if whole else total // self.block
+        starts = np.cumsum([0, *places[:-1]])
+        tokens, lengths = np.zeros(total, np.int32), np.zeros(total, np.int32)
+        for piece, start, size in zip(pieces, starts, sizes, strict=True):
+            tokens[start : start + size] = piece.row.tokens[piece.start : piece.stop]
+            lengths[start : start + size] = len(piece.row.request.prompt)
+        ends = np.zeros(-(-count // self.least) * self.least, np.int32)
+        ends[: len(pieces)] = starts + sizes - 1
+        rows = [piece.row for piece in pieces]
+        group = self._rows(rows, [piece.stop for piece in pieces], sizes, count, width=total // count)
+        return dict(pieces=group, tokens=tokens, ends=ends), lengths.tolist()
 
     def known(self, rows: Sequence[Row], inputs: Inputs) -> Inputs:
         """The inputs with the last tokens of `rows`, which the host knows."""
@@ -123,20 +144,20 @@ class Packing:
         return _ladder(self.least, self.capacity.max_rows, step)
 
     @functools.cached_property
-    def _piece_widths(self) -> Sequence[int]:
-        return _ladder(math.lcm(_SHORTEST, self.least), self.capacity.chunk, lambda width: _STEP)
+    def _widths(self) -> Sequence[int]:
+        most = max(1, self.capacity.chunk // self.block) * self.block
+        return _ladder(self.block, most, lambda width: _STEP)
 
-    def _piece_width(self, size: int) -> int:
-        shortest = self._piece_widths[0]
-        return next((width for width in self._piece_widths if width >= size), -(-size // shortest) * shortest)
-
-    def _rows(self, rows: Sequence[Row], lengths: Sequence[int], count: int, *, width: int, new: int = 1) -> Rows:
+    def _rows(
+        self, rows: Sequence[Row], lengths: Sequence[int], counts: Sequence[int], count: int, *, width: int
+    ) -> Rows:
         """A group of `count` rows, of which the first are `rows`."""
         table: Any = np.zeros((count, self.width), np.int32)
         for entry, row in zip(table, rows, strict=False):
             entry[: len(row.pages)] = row.pages
-        padded: Any = np.array([*lengths, *[0] * (count - len(rows))], np.int32)
-        return Rows(lengths=padded, table=table, count=cast(Any, np.int32(len(rows) * new)), width=width)
+        padded: Any = np.zeros((2, count), np.int32)
+        padded[:, : len(rows)] = lengths, counts
+        return Rows(lengths=padded[0], counts=padded[1], table=table, width=width)
 
 
 def _ladder(least: int, most: int, step: Callable[[int], int]) -> Sequence[int]:

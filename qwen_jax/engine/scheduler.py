@@ -1,8 +1,8 @@
 """What the next step computes: continuous batching over pages, with chunked prefill, sharing and preemption.
 
-Every row that has its prompt behind it makes a token in every step, and beside them one piece of one prompt is taken
-in. Rows are admitted in the order they came: each when the prompt before it is in, so that it finds what they have in
-common, and as soon as a place and the pages of all its tokens are free. When a row grows and no page is left, the row
+Every row that has its prompt behind it makes a token in every step, and beside them pieces of prompts are taken in.
+Rows are admitted in the order they came: each when the prompt before it is in, or is within this step, so that it finds
+what they have in common, and as soon as a place and the pages of all its tokens are free. When a row grows and no page is left, the row
 that was admitted last gives up its own and waits, as the first, to be computed again. All this looks at lengths only:
 which tokens were chosen may be known later.
 """
@@ -10,6 +10,7 @@ which tokens were chosen may be known later.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 
@@ -71,10 +72,10 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a step computes: the next token of rows, and a piece of a prompt."""
+    """What a step computes: the next token of rows, and pieces of prompts."""
 
     rows: list[Row]
-    piece: Piece | None
+    pieces: list[Piece]
 
 
 class Scheduler:
@@ -85,17 +86,18 @@ class Scheduler:
       reused: tokens that were found in pages instead of being computed.
     """
 
-    def __init__(self, pages: Pages, *, max_rows: int, piece: Callable[[int], int]) -> None:
+    def __init__(self, pages: Pages, *, max_rows: int, block: int, room: Callable[[int], int]) -> None:
         """
         Args:
           pages: of the cache.
           max_rows: rows that run together.
-          piece: how many tokens are taken in at once, of so many that are left of a prompt; a row whose kind is None
-            is taken in whole.
+          block: pieces take their place in whole blocks of so many tokens.
+          room: how much place a step has for pieces, where so much could be filled. A row whose kind is None is taken
+            in whole, and alone.
         """
         self.pages = pages
         self.preemptions = self.reused = 0
-        self._piece_of = piece
+        self._block, self._room = block, room
         self._places = list(range(max_rows - 1, -1, -1))
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []  # in the order of admission
@@ -139,13 +141,11 @@ class Scheduler:
             # A row may be gone, for one that came before it.
             if row.place is not None and self._grow(row, row.target + drafts):
                 rows.append(row)
-        piece = next((row for row in self._running if not row.decoding), None) or self._admit()
+        pieces = self._pieces()
         for row in rows:
             row.length = row.target
             row.made += 1
-        if piece is None:
-            return Plan(rows, None) if rows else None
-        return Plan(rows, self._piece(piece))
+        return Plan(rows, pieces) if rows or pieces else None
 
     def publish(self, row: Row) -> None:
         """Lets others find the pages of a row whose tokens are all known and computed."""
@@ -156,13 +156,40 @@ class Scheduler:
             row.node = self.pages.publish(row.node, row.pages[row.published], tokens)
             row.published += 1
 
-    def _piece(self, row: Row) -> Piece:
-        left = row.target - row.length
-        stop = row.length + (left if row.kind is None else self._piece_of(left))
+    def _pieces(self) -> list[Piece]:
+        """What is taken in: of prompts that are under way, then of those that wait, as much as there is place for."""
+        row = self._under_way() or self._admit()
+        if row is None:
+            return []
+        if row.kind is None:
+            return [self._piece(row, row.target)]
+        pieces, room = [], self._room(self._fillable())
+        while room and row is not None and row.kind is not None:
+            pieces.append(self._piece(row, min(row.target, row.length + room)))
+            room -= self._place(pieces[-1].stop - pieces[-1].start)
+            row = self._under_way() or (self._admit() if room else None)
+        return pieces
+
+    def _piece(self, row: Row, stop: int) -> Piece:
         piece = Piece(row, row.length, stop, last=stop == row.target)
         row.length, row.decoding = stop, piece.last
         row.made += piece.last
+        # Even to a row of this very step: it writes all its keys before it looks at any.
+        self.publish(row)
         return piece
+
+    def _under_way(self) -> Row | None:
+        """The first row whose prompt is not in."""
+        return next((row for row in self._running if not row.decoding), None)
+
+    def _fillable(self) -> int:
+        """The place that all prompts would take which could be taken in now, if they had no more in common."""
+        waiting = itertools.islice(self._waiting, len(self._places))
+        lengths = [row.target - row.length for row in (*self._running, *waiting) if not row.decoding]
+        return sum(map(self._place, lengths))
+
+    def _place(self, length: int) -> int:
+        return -(-length // self._block) * self._block
 
     def _admit(self) -> Row | None:
         """The row that waits as the first, if there is room for it."""

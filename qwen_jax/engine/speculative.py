@@ -92,17 +92,17 @@ class Drafter:
 
     def follow(self, inputs: Inputs) -> None:
         """Takes in what the engine's model takes in, with `known` tokens of rows."""
-        if inputs.rows is not None or inputs.piece is not None:
+        if inputs.rows is not None or inputs.pieces is not None:
             self._cache = _absorb(self._draft.config, self._draft.params, self._cache, inputs)
 
     def guess(self, inputs: Inputs, choice: Choice) -> Int[Array, "R guesses"]:
         """What may follow the last tokens of rows.
 
         Args:
-          inputs: the rows with their last tokens, `known` [R, 1]; a piece waits until `follow`.
+          inputs: the rows with their last tokens, `known` [R, 1]; pieces wait until `follow`.
           choice: how the tokens after these are chosen, with no penalties.
         """
-        inputs = inputs.without_piece()
+        inputs = inputs.without_pieces()
         guesses, nobody, first = [], jnp.zeros(1, jnp.int32), inputs.rows
         assert first is not None
         # Once more than there are guesses: if all are right, the keys of the last are wanted too.
@@ -110,7 +110,7 @@ class Drafter:
             inputs = dataclasses.replace(
                 inputs, rows=dataclasses.replace(first, lengths=first.lengths + np.int32(ahead))
             )
-            scores, self._cache = compute(self._draft.config, self._draft.params, self._cache, nobody, inputs, ends=0)
+            scores, self._cache = compute(self._draft.config, self._draft.params, self._cache, nobody, inputs)
             at = dataclasses.replace(choice, positions=choice.positions + np.int32(ahead))
             chosen, nobody, _ = choose(scores, nobody, None, at, num_tokens=self._num_tokens, top=None)
             guesses.append(jnp.maximum(chosen.tokens, 0))

@@ -1,4 +1,4 @@
-"""What is compiled: a step of the model over rows and a piece of a prompt, and the choice of the tokens that follow.
+"""What is compiled: a step of the model over rows and pieces of prompts, and the choice of the tokens that follow.
 
 Two programs, so that how tokens are chosen compiles nothing of the model anew. Both are launched without waiting for
 what they compute: the last token of each row stays on the device, where the next step finds it.
@@ -29,23 +29,25 @@ from qwen_jax.ops.vertical_slash import VerticalSlash
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a step of the model takes in: the last tokens of some rows, a piece of a prompt, or both.
+    """What a step of the model takes in: the last tokens of some rows, pieces of prompts, or both.
 
     Attributes:
       rows: the rows that decode; None for none.
       places: [R], which of the engine's rows they are; idle ones have a place that no row has.
       known: [R, width], their tokens, where the host knows the last ones and guesses at more; None for the last ones,
         as they are on the device.
-      piece: the row whose prompt a piece is of; None for none.
-      tokens: [C], the piece, padded.
+      pieces: the rows whose prompts they are of; None for none.
+      tokens: [C], the pieces, each padded to whole blocks.
+      ends: [E], the last of `tokens` of each piece; more of them stand for nothing.
       prompts: [T], tokens of the prompt of each token's row, where they matter; None elsewhere.
     """
 
     rows: Rows | None = None
     places: Int[Array, " R"] | None = None
     known: Int[Array, "R W"] | None = None
-    piece: Rows | None = None
+    pieces: Rows | None = None
     tokens: Int[Array, " C"] | None = None
+    ends: Int[Array, " E"] | None = None
     prompts: Int[Array, " T"] | None = None
 
     def whole(self, last: Int[Array, " places"]) -> tuple[Int[Array, " T"], tuple[Rows, ...]]:
@@ -55,31 +57,32 @@ class Inputs:
         if self.rows is not None:
             tokens.append(last[self.places] if self.known is None else self.known.reshape(-1))
             groups.append(self.rows)
-        if self.piece is not None:
+        if self.pieces is not None:
             tokens.append(self.tokens)
-            groups.append(self.piece)
+            groups.append(self.pieces)
         return jnp.concatenate(tokens), tuple(groups)
 
-    def with_guesses(self, guesses: Int[Array, "R ahead"], num_rows: int) -> Inputs:
-        """The same with tokens that may follow the `known` of rows, of which the first `num_rows` are not idle."""
+    def with_guesses(self, guesses: Int[Array, "R ahead"]) -> Inputs:
+        """The same with tokens that may follow the `known` of rows."""
         assert self.rows is not None
         ahead, prompts, count = guesses.shape[1], self.prompts, len(self.rows.lengths)
-        lengths, real = self.rows.lengths + np.int32(ahead), np.int32(num_rows * (1 + ahead))
-        rows = dataclasses.replace(self.rows, lengths=lengths, count=real, width=1 + ahead)
+        more = self.rows.counts * np.int32(ahead)
+        lengths, counts = self.rows.lengths + more, self.rows.counts + more
+        rows = dataclasses.replace(self.rows, lengths=lengths, counts=counts, width=1 + ahead)
         if prompts is not None:
             prompts = jnp.concatenate([jnp.repeat(prompts[:count], 1 + ahead), prompts[count:]])
         known = jnp.concatenate([jnp.asarray(self.known), jnp.asarray(guesses)], axis=1)
         return dataclasses.replace(self, rows=rows, known=known, prompts=prompts)
 
-    def without_piece(self) -> Inputs:
+    def without_pieces(self) -> Inputs:
         """The rows alone."""
         prompts = None if self.prompts is None or self.rows is None else self.prompts[: len(self.rows.lengths)]
-        return dataclasses.replace(self, piece=None, tokens=None, prompts=prompts)
+        return dataclasses.replace(self, pieces=None, tokens=None, ends=None, prompts=prompts)
 
     def without_rows(self) -> Inputs:
-        """The piece alone."""
+        """The pieces alone."""
         prompts = self.prompts if self.rows is None or self.prompts is None else self.prompts[len(self.rows.lengths) :]
-        return Inputs(piece=self.piece, tokens=self.tokens, prompts=prompts)
+        return Inputs(pieces=self.pieces, tokens=self.tokens, ends=self.ends, prompts=prompts)
 
 
 @typing.no_type_check  # at run time: the host makes them of NumPy's arrays
@@ -114,7 +117,7 @@ class Chosen:
     own: tuple[Float[Array, " S"], Int[Array, "S top"], Float[Array, "S top"]] | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("config", "ends", "sparse"), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("config", "sparse"), donate_argnames=("cache",))
 def compute(
     config: ModelConfig,
     params: Params,
@@ -122,10 +125,9 @@ def compute(
     last: Int[Array, " places"],
     inputs: Inputs,
     *,
-    ends: int,
     sparse: VerticalSlash | None = None,
 ) -> tuple[Float[Array, "S V"], Cache]:
-    """The logits after every token of the rows, then `ends` times those after the piece; and the cache with it all.
+    """The logits after every token of the rows, then those after the `ends` of pieces; and the cache with it all.
 
     Each device gets the logits of some rows, S being a multiple of `sharding.ROWS`, to choose from.
     """
@@ -133,10 +135,9 @@ def compute(
     batch = Batch(rows=groups, prompts=inputs.prompts)
     hidden, cache = forward_cached(config, params, tokens, batch, cache, sparse=sparse)
     hidden = jax.sharding.reshard(hidden, P(None, None))
-    if inputs.piece is not None and inputs.tokens is not None:
+    if inputs.tokens is not None and inputs.ends is not None:
         decoded = len(hidden) - len(inputs.tokens)
-        end = jax.lax.dynamic_slice_in_dim(hidden, decoded + inputs.piece.count - 1, 1)
-        hidden = jnp.concatenate([hidden[:decoded], jnp.broadcast_to(end, (ends, end.shape[1]))])
+        hidden = jnp.concatenate([hidden[:decoded], hidden[decoded + inputs.ends]])
     rows = jax.sharding.reshard(hidden, sharding.activation("b_", hidden.shape))
     return jax.sharding.reshard(logits(params, rows[:, None])[:, 0], P(sharding.ROWS)), cache
 

@@ -55,7 +55,7 @@ class _Plan:
     item_starts: Any  # [I], the first token of each, as an index of the batch
     lengths: Any
     page_table: Any  # [R * M]: two dimensions would be padded to 128 columns
-    query_starts: Any
+    query_ends: Any  # [R], the end of each row's tokens, as an index of the batch
     window: Any  # [1]
 
 
@@ -96,8 +96,8 @@ def paged_attention(
     pages: Num[Array, "P K X H2"],
     lengths: Int[Array, " R"],
     page_table: Int[Array, "R M"],
-    query_starts: Int[Array, " R1"],
-    num_rows: Int[Array, " 1"],
+    query_starts: Int[Array, " R"],
+    query_counts: Int[Array, " R"],
     *,
     scale: float,
     window: Int[Array, ""] | None = None,
@@ -132,7 +132,7 @@ def paged_attention(
     width = dim if dim % _LANES == 0 else lanes
     rows = q.reshape(count, kv_heads, group, dim).swapaxes(0, 1).astype(jnp.float32)
     rows = jnp.pad(rows, ((0, 0), (0, queries), (0, 0), (0, width - dim)))
-    plan = _plan(count, queries, lengths, page_table, query_starts, num_rows, window)
+    plan = _plan(count, queries, lengths, page_table, query_starts, query_counts, window)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     if not interpret:
         # Else XLA copies a pool that fits into VMEM there, whole, and back.
@@ -152,8 +152,10 @@ def paged_attention(
         name="paged_attention",
     )(plan, rows, pages, scales)
     out = out[:, :count, :, width - dim :].swapaxes(0, 1).reshape(q.shape)
-    # Nothing was written for tokens of no row.
-    return jnp.where(jnp.arange(count)[:, None, None] < query_starts[num_rows[0]], out, 0).astype(q.dtype)
+    # For tokens of no row nothing was written, or anything.
+    token = jnp.arange(count)[:, None]
+    real = ((token >= query_starts) & (token < query_starts + query_counts)).any(1)
+    return jnp.where(real[:, None, None], out, 0).astype(q.dtype)
 
 
 def _heads_at_once(kv_heads: int, generation: Generation) -> int:
@@ -187,13 +189,12 @@ def _plan(
     queries: int,
     lengths: Int[Array, " R"],
     page_table: Int[Array, "R M"],
-    query_starts: Int[Array, " R1"],
-    num_rows: Int[Array, " 1"],
+    query_starts: Int[Array, " R"],
+    query_counts: Int[Array, " R"],
     window: Int[Array, ""] | None,
 ) -> _Plan:
     num = len(lengths)
-    counts = jnp.where(jnp.arange(num) < num_rows, jnp.diff(query_starts), 0)
-    items = (counts + queries - 1) // queries
+    items = (query_counts + queries - 1) // queries
     ends = jnp.cumsum(items, dtype=jnp.int32)
     # An item has a token, and only the last one of a row is not full.
     item = jnp.arange(min(count, num + count // queries), dtype=jnp.int32)
@@ -204,7 +205,7 @@ def _plan(
         item_starts=query_starts[rows] + (item - ends[rows] + items[rows]) * queries,
         lengths=lengths,
         page_table=page_table.reshape(-1),
-        query_starts=query_starts,
+        query_ends=query_starts + query_counts,
         window=jnp.asarray(jnp.iinfo(jnp.int32).max if window is None else window, jnp.int32).reshape(1),
     )
 
@@ -300,9 +301,9 @@ class _Walk:
     def item(self, index) -> _Item:
         plan, queries = self.plan, self.scratch.q.shape[2]
         row, start = plan.item_rows[index], plan.item_starts[index]
-        end = jnp.minimum(start + queries, plan.query_starts[row + 1])
+        end = jnp.minimum(start + queries, plan.query_ends[row])
         # The last token of a row is in its last slot.
-        shift = plan.lengths[row] - plan.query_starts[row + 1]
+        shift = plan.lengths[row] - plan.query_ends[row]
         first, stop = start + shift, end + shift
         page = jax.lax.div(jnp.maximum(first - plan.window[0] + 1, 0), self.page_size)
         return _Item(

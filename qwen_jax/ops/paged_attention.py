@@ -68,7 +68,7 @@ def attend(
 def _on_device(queries, pages, rows, scales, window, *, chunk, implementation):
     """The attention of a device's heads."""
     scale = queries[0].shape[2] ** -0.5
-    ragged = pages, rows.lengths, rows.table, rows.query_starts, rows.num_rows.reshape(1)
+    ragged = pages, rows.lengths, rows.table, rows.starts, rows.counts
     options = dict(scale=scale, window=window, scales=scales)
     generation = sharding.tpu_generation()
     refusal = (
@@ -119,7 +119,7 @@ def _xla(queries, pages, rows, scales, window, chunk):
         done = some(_Units(*(jax.lax.dynamic_slice_in_dim(x, start, at_once) for x in units)))
         return jax.lax.dynamic_update_slice_in_dim(out, done, start, axis=0)
 
-    real = -(-rows.count // width)
+    real = (units.positions[:, 0] >= 0).sum()
     shape = count, num_kv, width * heads // num_kv, dim
     out = jax.lax.fori_loop(0, -(-real // at_once), next_units, jnp.zeros(shape, queries[0].dtype))
     out = out[jnp.argsort(order)].reshape(count, num_kv, width, -1, dim)
@@ -133,7 +133,7 @@ def _units(queries, rows: Rows, num_kv: int, width: int, size: int, block: int, 
     least = jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions).min(1)
     first = jnp.zeros_like(least) if window is None else jnp.maximum(least - window + 1, 0) // size
     length = jnp.maximum(positions.max(1) // size + 1 - first, 0)
-    table = jnp.repeat(rows.table, count // len(rows.table), axis=0)
+    table = jnp.repeat(rows.table[rows.of_blocks], count // len(rows.table), axis=0)
     # Whole blocks. Other places of the table may hold any id.
     place = jnp.arange(-(-table.shape[1] // block) * block)
     if window is None:
@@ -192,8 +192,8 @@ def paged_attention(
     pages: Num[Array, "P K X H2"],
     lengths: Int[Array, " R"],
     page_table: Int[Array, "R M"],
-    query_starts: Int[Array, " R1"],
-    num_rows: Int[Array, " 1"],
+    query_starts: Int[Array, " R"],
+    query_counts: Int[Array, " R"],
     *,
     scale: float,
     window: Int[Array, ""] | None = None,
@@ -208,14 +208,13 @@ def paged_attention(
       queries, pages, scales, window, chunk: see `attend`.
       lengths: tokens of each row, new ones included.
       page_table: pages of each row's slots, in order.
-      query_starts: row i has the new tokens `query_starts[i]:query_starts[i + 1]`: a decoding row one, a chunk of a
-        prompt many, an idle row none.
-      num_rows: only the first so many rows count.
+      query_starts, query_counts: row i has the new tokens from `query_starts[i]` on, `query_counts[i]` of them: a
+        decoding row one, a chunk of a prompt many, an idle row none. Rows come in the order of their tokens.
       scale: what scores are multiplied by.
     """
     (count, heads, dim), kv_heads = queries[0].shape, pages.shape[1]
     size = page_size(pages, scales)
-    row, position = _places(count, lengths, query_starts, num_rows)
+    row, position = _places(count, lengths, query_starts, query_counts)
     slots = jnp.arange(page_table.shape[1] * size)
 
     def attend(token):
@@ -240,14 +239,11 @@ def paged_attention(
 
 
 def _places(
-    count: int, lengths: Int[Array, " R"], query_starts: Int[Array, " R1"], num_rows: Int[Array, " 1"]
+    count: int, lengths: Int[Array, " R"], query_starts: Int[Array, " R"], query_counts: Int[Array, " R"]
 ) -> tuple[Int[Array, " T"], Int[Array, " T"]]:
     """The row of each token of the batch and its position there, which is -1 for a token of no row."""
     token = jnp.arange(count, dtype=jnp.int32)
-    # Starts beyond the last row that counts may be anything.
-    last = query_starts[num_rows[0]]
-    ends = jnp.where(jnp.arange(len(lengths)) < num_rows[0], query_starts[1:], jnp.iinfo(jnp.int32).max)
-    row = jnp.searchsorted(ends, token, side="right", method="compare_all").astype(jnp.int32)
-    row = jnp.minimum(row, len(lengths) - 1)
-    position = lengths[row] - query_starts[row + 1] + token
-    return row, jnp.where(token < last, position, -1)
+    row = jnp.searchsorted(query_starts, token, side="right", method="compare_all").astype(jnp.int32) - 1
+    row = jnp.maximum(row, 0)
+    new = token - query_starts[row]
+    return row, jnp.where((new >= 0) & (new < query_counts[row]), lengths[row] - query_counts[row] + new, -1)

@@ -36,40 +36,51 @@ Scales = Float[Array, "P K 2 S"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows of a batch with at most `width` new tokens each, in pages.
+    """Rows of a batch with new tokens, in pages.
 
-    Their tokens, R * width, stand row after row without gaps: only the last row that has any may have fewer than
-    `width`. Rows after it are idle.
+    The tokens stand in R blocks of `width`, row after row. A row takes whole blocks for its new tokens: one where it
+    decodes; for a part of a prompt many, and other rows then have none and are idle.
 
     Attributes:
       lengths: [R], tokens of each row, the new ones included.
+      counts: [R], its new tokens. Blocks that no row takes come last.
       table: [R, M], the pages of each row's slots in order. Ids of pages that hold no token of a row, and what stands
         in such pages, are never used.
-      count: how many of the new tokens are real: the first ones.
       width: see above.
     """
 
     lengths: Int[Array, " R"]
+    counts: Int[Array, " R"]
     table: Int[Array, "R M"]
-    count: Int[Array, ""]
     width: int = dataclasses.field(metadata={"static": True})
 
     @property
-    def num_rows(self) -> Int[Array, ""]:
-        """Rows that have new tokens."""
-        return -(-self.count // self.width)
+    def starts(self) -> Int[Array, " R"]:
+        """The first new token of each row."""
+        return (self._ends - self._blocks) * self.width
 
     @property
-    def query_starts(self) -> Int[Array, " R1"]:
-        """The first new token of each row, and the end of the last."""
-        return jnp.minimum(jnp.arange(len(self.lengths) + 1, dtype=jnp.int32) * self.width, self.count)
+    def of_blocks(self) -> Int[Array, " R"]:
+        """The row that each block is of; any row for a block of none."""
+        block = jnp.arange(len(self.lengths), dtype=jnp.int32)
+        row = jnp.searchsorted(self._ends, block, side="right", method="compare_all").astype(jnp.int32)
+        return jnp.minimum(row, len(self.lengths) - 1)
 
     @property
     def positions(self) -> Int[Array, " T"]:
         """The position of each new token in its row; -1 where there is none."""
-        token = jnp.arange(len(self.lengths) * self.width, dtype=jnp.int32).reshape(-1, self.width)
-        position = (self.lengths - self.query_starts[1:])[:, None] + token
-        return jnp.where(token < self.count, position, -1).ravel()
+        row = self.of_blocks[:, None]
+        token = jnp.arange(len(row) * self.width, dtype=jnp.int32).reshape(-1, self.width) - self.starts[row]
+        length, count = (jnp.asarray(x)[row] for x in (self.lengths, self.counts))
+        return jnp.where(token < count, length - count + token, -1).ravel()
+
+    @property
+    def _blocks(self) -> Int[Array, " R"]:
+        return -(-self.counts // self.width)
+
+    @property
+    def _ends(self) -> Int[Array, " R"]:
+        return jnp.cumsum(self._blocks, dtype=jnp.int32)
 
 
 def make_pages(
@@ -121,7 +132,7 @@ def write(
 
 def _write(pages, k, v, rows, scales):
     position, size = rows.positions, page_size(pages, scales)
-    row = jnp.repeat(jnp.arange(len(rows.lengths)), rows.width)
+    row = jnp.repeat(rows.of_blocks, rows.width)
     # A page past the last: such updates are dropped.
     page = jnp.where(position < 0, len(pages), rows.table[row, position // size])
     # An index for each row: else XLA on TPU may turn all pages around, to have the heads of a slot side by side.
@@ -143,19 +154,22 @@ def _write(pages, k, v, rows, scales):
 def _write_scales(scales, steps, rows):
     """Scales with those of the new tokens, [T, J, 2]: all slots of a page at once, the old ones as they were.
 
-    XLA on TPU would copy all scales into VMEM and back to write single numbers.
+    XLA on TPU would copy all scales into VMEM and back to write single numbers. Several blocks may be in one page: each
+    writes it with what is new of all of them, so it does not matter which is last.
     """
     heads, size, width = scales.shape[1], scales.shape[3], rows.width
-    position = rows.positions.reshape(-1, width, 1, 1)
-    # Pages that the new tokens of a row may be in, counted from its first.
-    number = jnp.maximum(position[:, 0, 0], 0) // size + jnp.arange(-(-(width - 1) // size) + 1)
-    own = position == number[:, None, :, None] * size + jnp.arange(size)
-    page = jnp.where(own.any((1, 3)), jnp.take_along_axis(rows.table, number, axis=1, mode="clip"), len(scales))
+    row, position = rows.of_blocks, rows.positions
+    # Pages that the new tokens of a block may be in, counted from its first.
+    number = (jnp.maximum(position[::width], 0) // size)[:, None] + jnp.arange(-(-(width - 1) // size) + 1)
+    slot = number[:, :, None, None] * size + jnp.arange(size)[:, None]
+    own = (position == slot) & (jnp.repeat(row, width) == row[:, None, None, None])
+    ids = jnp.take_along_axis(rows.table[row], number, axis=1, mode="clip")
+    page = jnp.where(own.any((2, 3)), ids, len(scales))
     # Rows of slots, [P K 2, S], are no other bytes where S = 128. With four axes XLA on TPU may turn them around.
     kind = (page[..., None] * heads + jnp.arange(heads))[..., None] * 2 + jnp.arange(2)
-    flat, own = scales.reshape(-1, size), own[:, :, :, None, None]
-    new = jnp.where(own, steps.reshape(-1, width, 1, heads, 2, 1), 0).sum(1)
-    return flat.at[kind].set(jnp.where(own.any(1), new, flat[kind]), mode="drop").reshape(scales.shape)
+    flat, own = scales.reshape(-1, size), own[:, :, None, None]
+    new = jnp.where(own, jnp.moveaxis(steps, 0, -1)[:, :, None], 0).sum(-1)
+    return flat.at[kind].set(jnp.where(own.any(-1), new, flat[kind]), mode="drop").reshape(scales.shape)
 
 
 def quantize(x: Float[Array, "*n H"]) -> tuple[Int[Array, "*n H"], Float[Array, "*n"]]:

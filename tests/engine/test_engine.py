@@ -138,20 +138,22 @@ def crowd(random, count, longest):
 
 
 # The other ones are with the slow tests: each compiles its own programs.
-@pytest.mark.parametrize("changes", [GENERATIONS["qwen1"], GENERATIONS["qwen2.5-1m"] | MOE])
-def test_a_crowd_is_the_full_forward_pass_token_for_token(changes):
-    check_crowd(changes, count=40)
+@pytest.mark.parametrize("changes, chunk", [(GENERATIONS["qwen1"], 16), (GENERATIONS["qwen2.5-1m"] | MOE, 64)])
+def test_a_crowd_is_the_full_forward_pass_token_for_token(changes, chunk):
+    check_crowd(changes, count=40, chunk=chunk)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("chunk", [16, 64])
 @pytest.mark.parametrize("name", GENERATIONS)
-def test_two_hundred_requests_are_the_full_forward_pass_token_for_token(name):
-    check_crowd(GENERATIONS[name], count=200)
+def test_two_hundred_requests_are_the_full_forward_pass_token_for_token(name, chunk):
+    check_crowd(GENERATIONS[name], count=200, chunk=chunk)
 
 
-def check_crowd(changes, *, count):
+def check_crowd(changes, *, count, chunk):
+    """Pieces of at most `chunk` tokens: of one prompt where it is 16, of two where it is 64."""
     # Room for the longest request and little more: rows must give way.
-    capacity = Capacity(max_rows=4, page_size=4, cache_tokens=80, chunk=16)
+    capacity = Capacity(max_rows=4, page_size=4, cache_tokens=80, chunk=chunk)
     engine = make_engine(capacity=capacity, **changes | dict(max_position=80))
     requests, at = crowd(np.random.default_rng(1), count, 70)
     made = run(engine, requests, at=at)
@@ -194,6 +196,21 @@ def alone(engine, requests):
     return found
 
 
+def test_prompts_are_taken_in_together_and_share_what_they_have_in_common(engine):
+    begin = list(range(20, 36))  # two pages
+    prompts = [begin + prompt for prompt in PROMPTS[:3]]
+    wanted = [tokens_of(engine, [prompt], GREEDY)[0] for prompt in prompts]
+    engine.swap(engine._params)  # which forgets them
+    before = engine.stats
+    numbers = [engine.add(request) for request in requests_of(prompts, GREEDY)]
+    made = engine.step() + engine.step()
+    assert [token.request for token in made] == numbers
+    assert engine.stats.prefix_hits - before.prefix_hits == 2 * len(begin)
+    while engine.busy:
+        made += engine.step()
+    assert [[token.id for token in made if token.request == number] for number in numbers] == wanted
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "random"])
 def test_a_request_does_not_depend_on_those_beside_it(engine, sampling):
     together = tokens_of(engine, PROMPTS, sampling)
@@ -224,8 +241,8 @@ def test_a_steady_state_compiles_nothing(monkeypatch):
     engine = make_engine(norm_eps=7e-5)  # a config no other test has compiled for
     requests, at = crowd(np.random.default_rng(0), 30, 48)
     run(engine, requests, at=at)
-    # One row or four, beside a piece of 32 or 64 tokens or none, and pieces alone.
-    assert set(traces) <= {(1, 1), (1, 4), (32, 32), (64, 64), (1, 33), (1, 36), (1, 65), (1, 68)}
+    # One row or four, beside pieces that take 32 or 128 places or none, and pieces alone.
+    assert set(traces) <= {(1, 1), (1, 4), (32, 32), (32, 128), (1, 33), (1, 36), (1, 129), (1, 132)}
     assert len(traces) == len(set(traces))
     traces.clear()
     for seed in range(3):

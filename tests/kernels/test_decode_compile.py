@@ -27,13 +27,14 @@ with jax.set_mesh(mesh):
     config = dataclasses.replace(config, num_kv_heads=kv_heads(config.num_kv_heads))
     cache = jax.eval_shape(lambda: model.make_cache(config, NUM_PAGES, size, int8=int8))
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    rows = lambda count, width: Rows(lengths=ints(count), table=ints(count, 64), count=ints(), width=width)
-    inputs = Inputs(rows=rows(ROWS, 1), places=ints(ROWS), piece=rows(1, PIECE), tokens=ints(PIECE))
-    program = compute.lower(config, params, cache, ints(ROWS + 1), inputs, ends=4).compile()
+    rows = lambda count, width: Rows(lengths=ints(count), table=ints(count, 64), counts=ints(count), width=width)
+    pieces = dict(pieces=rows(PIECE // 32, 32), tokens=ints(PIECE), ends=ints(4))
+    inputs = Inputs(rows=rows(ROWS, 1), places=ints(ROWS), **pieces)
+    program = compute.lower(config, params, cache, ints(ROWS + 1), inputs).compile()
 memory, text = program.memory_analysis(), program.as_text()
 held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // 4
 
-# One kernel for the rows and one for the piece.
+# One kernel for the rows and one for the pieces.
 found = read(text)
 assert sum(found.kernels.values()) == 2 * LAYERS, found.kernels
 # The cache is updated where it is, and is nowhere else: not even in VMEM, where the pages of so few rows have room.

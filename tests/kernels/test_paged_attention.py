@@ -31,6 +31,7 @@ class Batch:
 
     past: tuple[int, ...]
     new: tuple[int, ...]
+    gaps: tuple[int, ...] = ()  # tokens of no row, after those of each
     heads: int = 14
     kv_heads: int = 2
     dim: int = 64
@@ -47,7 +48,7 @@ class Batch:
 
     @property
     def starts(self) -> np.ndarray:
-        return np.cumsum([0, *self.new])
+        return np.cumsum([0, *np.add(self.new, self.gaps or 0)])
 
     def written(self) -> list[np.ndarray]:
         """Keys and values of each row, [K, 2 H] for each token."""
@@ -67,13 +68,14 @@ class Batch:
         return table
 
     def arguments(self) -> tuple[jax.Array, ...]:
-        """What follows q. Slots that hold no token are NaN, and rows that do not count are nonsense."""
+        """What follows q. Slots that hold no token are NaN."""
         table, size, more = self.table(), self.page_size, ROWS - len(self.new)
         pages = np.full((table.size, self.kv_heads, size, 2 * self.dim), np.nan, np.float32)
         for row, tokens in enumerate(self.written()):
             for slot, kv in enumerate(tokens):
                 pages[table[row, slot // size], :, slot % size] = kv
-        ints = ([*self.lengths, *[5] * more], table, [*self.starts, *[1234] * more], [len(self.new)])
+        starts = [*self.starts[:-1], *self.starts[-1:].repeat(more)]
+        ints = ([*self.lengths, *[5] * more], table, starts, [*self.new, *[0] * more])
         return jnp.asarray(pages, self.dtype), *(jnp.asarray(x, jnp.int32) for x in ints)
 
     def expected(self, window: int = EVERYTHING) -> np.ndarray:
@@ -108,6 +110,7 @@ CASES = {
     "mixed": (Batch(**MIXED), EVERYTHING),
     "window": (Batch(**MIXED), 50),
     "window of one": (Batch(**MIXED), 1),
+    "gaps": (Batch(**MIXED, gaps=(3, 0, 12, 1, 0, 2)), 50),
     "all rows idle": (Batch(past=(3, 4), new=(0, 0)), EVERYTHING),
     "as many rows and tokens as there can be": (Batch(past=(300,) * 8, new=(10,) * 8), EVERYTHING),
 }
@@ -125,10 +128,10 @@ def test_both_equal_the_formula_without_pages(case):
 @given(st.data())
 def test_any_batch(data):
     """Any lengths and any window, with one compiled program."""
-    rows = data.draw(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 40)), min_size=1, max_size=ROWS))
-    past, new = zip(*rows, strict=True)
-    assume(sum(new) <= TOKENS)
-    batch, window = Batch(past=past, new=new), data.draw(st.integers(1, 250))
+    row = st.tuples(st.integers(0, 200), st.integers(0, 40), st.integers(0, 9))
+    past, new, gaps = zip(*data.draw(st.lists(row, min_size=1, max_size=ROWS)), strict=True)
+    assume(sum(new + gaps) <= TOKENS)
+    batch, window = Batch(past=past, new=new, gaps=gaps), data.draw(st.integers(1, 250))
     out = fast(batch.queries(), *batch.arguments(), window=jnp.int32(window))
     np.testing.assert_allclose(out, batch.expected(window), **ROUNDING)
 

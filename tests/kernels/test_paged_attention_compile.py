@@ -15,7 +15,7 @@ generation, shape = arguments
 attend = jax.jit(functools.partial(paged_attention, scale=0.1, generation=generation))
 write = jax.jit(write, donate_argnames=("pages", "scales"))
 ints = functools.partial(array, jnp.int32)
-batch = ints(64), ints(64, 64), ints(65), ints(1)
+batch = ints(64), ints(64, 64), ints(64), ints(64)
 heads, kv_heads, dim, *bits = map(int, shape.split())
 q, kv = (array(jnp.bfloat16, 128, count, dim) for count in (heads, kv_heads))
 pages, scales = array(jnp.bfloat16, 4096, kv_heads, 32, 2 * dim), None
@@ -26,7 +26,7 @@ assert "tpu_custom_call" in program.as_text()
 with jax.set_mesh(make_mesh(devices=devices[:1])):
     here = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
     put = lambda x: x if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
-    rows = Rows(lengths=put(ints(64)), table=put(ints(64, 64)), count=put(ints()), width=2)
+    rows = Rows(lengths=put(ints(64)), table=put(ints(64, 64)), counts=put(ints(64)), width=2)
     memory = write.lower(put(pages), put(kv), put(kv), rows, put(scales)).compile().memory_analysis()
 assert memory.temp_size_in_bytes < memory.alias_size_in_bytes / 50, memory
 """
@@ -41,7 +41,7 @@ from qwen_jax.sharding import make_mesh
 with jax.set_mesh(make_mesh(devices=devices[:1])):
     here = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
     array = functools.partial(jax.ShapeDtypeStruct, sharding=here)
-    rows = Rows(lengths=array((2,), jnp.int32), table=array((2, 1024), jnp.int32), count=array((), jnp.int32), width=2)
+    rows = Rows(lengths=array((2,), jnp.int32), table=array((2, 1024), jnp.int32), counts=array((2,), jnp.int32), width=2)
     pages, q = array((4096, 4, 32, 256), jnp.bfloat16), array((4, 28, 128), jnp.bfloat16)
     compute = jax.jit(functools.partial(attend, chunk=4096, implementation="auto"))
     memory = compute.lower((q, q, q), pages, rows).compile().memory_analysis()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.errors import ConfigError
@@ -30,38 +30,43 @@ def ints(*x):
     return jnp.array(x, jnp.int32)
 
 
-described = jax.jit(lambda rows: (rows.positions, rows.query_starts, rows.num_rows))
+described = jax.jit(lambda rows: (rows.positions, rows.starts, rows.of_blocks))
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 9), min_size=4, max_size=4), st.integers(0, 12))
-def test_new_tokens_stand_at_the_end_of_their_rows(past, count):
-    new = [min(max(count - row * 3, 0), 3) for row in range(4)]
-    rows = Rows(lengths=ints(*np.add(past, new)), table=ints(), count=jnp.int32(count), width=3)
-    positions, starts, num_rows = described(rows)
-    expected = [position for p, n in zip(past, new, strict=True) for position in range(p, p + n)]
-    np.testing.assert_array_equal(positions, expected + [-1] * (12 - count))
-    np.testing.assert_array_equal(starts, np.cumsum([0, *new]))
-    assert num_rows == np.count_nonzero(new)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 7)), min_size=5, max_size=5))
+def test_new_tokens_stand_in_whole_blocks_at_the_end_of_their_rows(rows):
+    past, new = (np.array(x) for x in zip(*rows, strict=True))
+    blocks = -(-new // 3)
+    assume(blocks.sum() <= 5)
+    described_rows = Rows(lengths=ints(*past + new), counts=ints(*new), table=ints(), width=3)
+    positions, starts, of_blocks = described(described_rows)
+    expected = [[*range(p, p + n), *[-1] * (3 * b - n)] for p, n, b in zip(past, new, blocks, strict=True)]
+    expected = [position for row in expected for position in row]
+    np.testing.assert_array_equal(positions, expected + [-1] * (15 - len(expected)))
+    np.testing.assert_array_equal(starts, 3 * (np.cumsum(blocks) - blocks))
+    np.testing.assert_array_equal(of_blocks[: blocks.sum()], np.repeat(np.arange(5), blocks))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_written_is_what_is_gathered(mesh, dtype):
-    """In pieces, of which the last is not full, into pages in no order; what is not written stays as it was."""
-    size, width, lengths = 4, 6, (6, 11, 9, 5)
-    count = 6 + 6 + 3  # of rows 0 to 2; row 3 is idle
+    """In blocks that are not all full, into pages in no order; what is not written stays as it was."""
+    size, width, lengths, counts = 4, 3, (6, 11, 9, 5), (5, 4, 3, 0)
     table = ints([9, 3, 99], [0, 7, 2], [5, 1, 4], [8, 6, 99])
-    rows = Rows(lengths=ints(*lengths), table=table, count=jnp.int32(count), width=width)
-    k, v = (draw(4 * width, HEADS, DIM, seed=seed).astype(jnp.dtype(dtype)) for seed in (1, 2))
+    table, lengths, counts = (np.concatenate([x, x[-1:]]) for x in (table, ints(*lengths), ints(*counts)))
+    rows = Rows(lengths=lengths, counts=counts, table=table, width=width)
+    k, v = (draw(5 * width, HEADS, DIM, seed=seed).astype(jnp.dtype(dtype)) for seed in (1, 2))
     pages, _ = make_pages(10, HEADS, size, DIM, dtype)
     before = np.ones_like(pages)
     pages, _ = jax.jit(write)(before, k, v, rows)
     for new, whole in zip((k, v), gathered(pages, rows, dtype=dtype), strict=True):
         assert whole.dtype == dtype
-        for row, (length, first, end) in enumerate([(6, 0, 6), (11, 6, 12), (9, 12, 15)]):
-            np.testing.assert_array_equal(whole[row, :, length - (end - first) : length], new[first:end].swapaxes(0, 1))
+        for row, block in enumerate((0, 2, 4)):
+            length, count = lengths[row], counts[row]
+            own = new[block * width : block * width + count]
+            np.testing.assert_array_equal(whole[row, :, length - count : length], own.swapaxes(0, 1))
             assert not whole[row, :, length:].any()
-    assert (np.asarray(pages) != before).sum() == count * HEADS * 2 * DIM
+    assert (np.asarray(pages) != before).sum() == counts.sum() * HEADS * 2 * DIM
 
 
 def test_quantised_writes_are_within_half_a_step(mesh):
@@ -75,7 +80,7 @@ def test_quantised_writes_are_within_half_a_step(mesh):
     for new, length in zip(pieces, np.cumsum(pieces), strict=True):
         # One width, so one program; only the first tokens are real.
         fresh = (np.roll(x, new - length, axis=0) for x in (k, v))
-        rows = Rows(lengths=ints(length), table=table, count=jnp.int32(new), width=count)
+        rows = Rows(lengths=ints(length), counts=ints(new), table=table, width=count)
         pages, scales = run(pages, *fresh, rows, scales=scales)
     stored = np.asarray(pages)[[3, 1]].view(np.int8).reshape(2, HEADS, 32, 2 * DIM, 4).transpose(0, 2, 4, 1, 3)
     stored = stored.reshape(256, HEADS, 2, DIM)
@@ -84,6 +89,21 @@ def test_quantised_writes_are_within_half_a_step(mesh):
     assert (stored[count:] == 0x77).all() and (np.asarray(pages)[[0, 2]] == sevens).all()
     for kind, whole in enumerate(gathered(pages, rows, scales, dtype="float32")):
         np.testing.assert_array_equal(whole[0, :, :count], (stored[:count] * steps)[:, :, kind].swapaxes(0, 1))
+
+
+def test_quantised_blocks_may_share_a_page(mesh):
+    """Those of a row that are side by side do; it comes to what one long block writes."""
+    k, v = (draw(160, HEADS, DIM, seed=seed) for seed in (5, 6))
+    made = {}
+    for width in (160, 32):
+        idle = 160 // width - 1
+        lengths, counts = ints(150, *[0] * idle), ints(140, *[0] * idle)
+        rows = Rows(lengths=lengths, counts=counts, table=jnp.tile(ints([3, 1]), (1 + idle, 1)), width=width)
+        pages, scales = make_pages(4, HEADS, 128, DIM, "float32", quantised=True)
+        made[width] = jax.jit(write)(pages, k, v, rows, scales=scales + 0.3)
+    for one, many in zip(*made.values(), strict=True):
+        np.testing.assert_array_equal(one, many)
+    assert (np.asarray(made[32][1])[3, :, :, 10:] != np.float32(0.3)).all()
 
 
 def test_each_device_has_a_head():
