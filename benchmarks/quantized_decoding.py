@@ -1,14 +1,17 @@
 """Memory and speed of quantised models on CPU, as served: `python -m infer generate`, and steps of its engine.
 
-    python benchmarks/quantized_decoding.py
+    python benchmarks/quantized_decoding.py [--model Qwen2.5-7B]
 
-The model has random weights, 1.4 billion of them with the proportions of Qwen2.5-7B: a seventh of it is embedding and
-head. Memory is the most that a process ever had resident (ru_maxrss), files' pages, loading and compiling included,
-less that of the same command with a model of as many layers and hardly any weights.
+The model has random weights: 1.4 billion of them with the proportions of Qwen2.5-7B, a seventh of it embedding and
+head, or the shape of a published model, of which memory is measured alone. Memory is the most that a process ever had
+resident (ru_maxrss), files' pages, loading and compiling included, less that of the same command with a model of as
+many layers and hardly any weights.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -18,16 +21,29 @@ from pathlib import Path
 import numpy as np
 from side_by_side import Bar, judge, seconds_per_step
 
-from qwen_jax import sharding
+from qwen_jax import sharding, zoo
 from qwen_jax.config import ModelConfig, Rope
 from qwen_jax.text import Tokenizer
 from qwen_jax.text.tokenizer import train_bpe
 from qwen_jax.weights import convert, hf
 from qwen_jax.weights.source import Model, Piece, open_model
 
-LAYERS = 16
-SHAPE = dict(width=2048, num_heads=16, num_kv_heads=4, mlp_width=10752, vocab_size=49920)
-NO_WEIGHTS = dict(width=32, num_heads=16, num_kv_heads=4, mlp_width=16, vocab_size=320)
+SMALL = ModelConfig(
+    width=2048,
+    num_layers=16,
+    num_heads=16,
+    num_kv_heads=4,
+    head_dim=128,
+    mlp_width=10752,
+    vocab_size=49920,
+    max_position=4096,
+    norm_eps=1e-6,
+    qkv_bias=True,
+    qk_norm=False,
+    tie_embeddings=False,
+    rope=Rope(theta=1e6),
+)
+NO_WEIGHTS = dict(width=32, num_heads=4, num_kv_heads=4, head_dim=8, mlp_width=16, vocab_size=320)
 KINDS = {
     "bfloat16": [],
     "int8": ["--quantize", "int8"],
@@ -43,22 +59,10 @@ class Random(Model):
 
     path, model_type, layout, chat = Path("random"), "qwen2", None, False
 
-    def __init__(self, shape: dict[str, int]) -> None:
-        self.config = ModelConfig(
-            **shape,
-            num_layers=LAYERS,
-            head_dim=shape["width"] // shape["num_heads"],
-            max_position=4096,
-            norm_eps=1e-6,
-            qkv_bias=True,
-            qk_norm=False,
-            tie_embeddings=False,
-            rope=Rope(theta=1e6),
-            param_dtype="bfloat16",
-            dtype="bfloat16",
-        )
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = dataclasses.replace(config, param_dtype="bfloat16", dtype="bfloat16")
         self.table = hf.table(self.config, self.model_type)
-        self._tokenizer = train_bpe(Path("README.md").read_text().splitlines(), vocab_size=NO_WEIGHTS["vocab_size"])
+        self._tokenizer = train_bpe(Path("README.md").read_text().splitlines(), vocab_size=320)
 
     def dtype(self, tensor: hf.Tensor) -> np.dtype:
         return np.dtype("bfloat16")
@@ -109,11 +113,11 @@ def step_seconds(model: Path, dtype: str) -> dict[int, float]:
     return found
 
 
-def make(folder: Path) -> dict[str, Path]:
-    """The folders of all kinds, and one of hardly any weights."""
+def make(folder: Path, config: ModelConfig) -> dict[str, Path]:
+    """The folders of all kinds, and one of as many layers and hardly any weights."""
     say = lambda line: print(line, file=sys.stderr)
-    convert.convert(Random(NO_WEIGHTS), folder / "empty", to="hf", dtype=None, say=say)
-    convert.convert(Random(SHAPE), folder / "bfloat16", to="hf", dtype=None, say=say)
+    convert.convert(Random(dataclasses.replace(config, **NO_WEIGHTS)), folder / "empty", to="hf", dtype=None, say=say)
+    convert.convert(Random(config), folder / "bfloat16", to="hf", dtype=None, say=say)
     for kind, arguments in KINDS.items():
         if arguments:
             subprocess.run(
@@ -124,8 +128,11 @@ def make(folder: Path) -> dict[str, Path]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a published model's name, for its shape")
+    name = parser.parse_args().model
     with tempfile.TemporaryDirectory() as folder:
-        models = make(Path(folder))
+        models = make(Path(folder), zoo.published(name) if name else SMALL)
         print("| weights | on disk | most memory | less an empty model's | of bfloat16 |\n|---|---|---|---|---|")
         most = {kind: most_memory(path) for kind, path in models.items()}
         own = {kind: most[kind] - most["empty"] for kind in KINDS}
@@ -134,8 +141,10 @@ def main() -> int:
             cells = f"{size / 1e9:.2f} GB | {most[kind] / 1e9:.2f} GB | {own[kind] / 1e9:.2f} GB"
             print(f"| {kind} | {cells} | {own[kind] / own['bfloat16']:.3f} |", flush=True)
         print(f"\n(an empty model: {most['empty'] / 1e9:.2f} GB)")
-        print(f"\n| weights | computed in | {' | '.join(f'a step of {rows}' for rows in BATCHES)} |\n|---|---|---|---|")
-        for kind in KINDS:
+        if not name:
+            steps = " | ".join(f"a step of {rows}" for rows in BATCHES)
+            print(f"\n| weights | computed in | {steps} |\n|---|---|---|---|")
+        for kind in () if name else KINDS:
             for dtype in ("float32", "bfloat16"):
                 seconds = step_seconds(models[kind], dtype)
                 cells = " | ".join(f"{1e3 * seconds[rows]:.0f} ms" for rows in BATCHES)

@@ -129,7 +129,9 @@ class Engine:
             capacity=capacity, width=width, least=least, prompts=lengths, padding_costs=padding_costs
         )
         pages = Pages(num_pages, size)
-        self._scheduler = Scheduler(pages, max_rows=capacity.max_rows, block=self._packing.block, room=self._packing.room)
+        self._scheduler = Scheduler(
+            pages, max_rows=capacity.max_rows, block=self._packing.block, room=self._packing.room
+        )
         self._speculate = speculate
         self._seen: Seen | None = None
         self._flight: _Flight | None = None

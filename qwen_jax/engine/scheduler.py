@@ -2,9 +2,9 @@
 
 Every row that has its prompt behind it makes a token in every step, and beside them pieces of prompts are taken in.
 Rows are admitted in the order they came: each when the prompt before it is in, or is within this step, so that it finds
-what they have in common, and as soon as a place and the pages of all its tokens are free. When a row grows and no page is left, the row
-that was admitted last gives up its own and waits, as the first, to be computed again. All this looks at lengths only:
-which tokens were chosen may be known later.
+what they have in common, and as soon as a place and the pages of all its tokens are free. When a row grows and no page
+is left, the row that was admitted last gives up its own and waits, as the first, to be computed again. All this looks
+at lengths only: which tokens were chosen may be known later.
 """
 
 from __future__ import annotations

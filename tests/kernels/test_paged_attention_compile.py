@@ -41,7 +41,8 @@ from qwen_jax.sharding import make_mesh
 with jax.set_mesh(make_mesh(devices=devices[:1])):
     here = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
     array = functools.partial(jax.ShapeDtypeStruct, sharding=here)
-    rows = Rows(lengths=array((2,), jnp.int32), table=array((2, 1024), jnp.int32), counts=array((2,), jnp.int32), width=2)
+    ints = functools.partial(array, dtype=jnp.int32)
+    rows = Rows(lengths=ints((2,)), counts=ints((2,)), table=ints((2, 1024)), width=2)
     pages, q = array((4096, 4, 32, 256), jnp.bfloat16), array((4, 28, 128), jnp.bfloat16)
     compute = jax.jit(functools.partial(attend, chunk=4096, implementation="auto"))
     memory = compute.lower((q, q, q), pages, rows).compile().memory_analysis()

@@ -19,7 +19,9 @@ def test_a_step_copies_no_pages(mesh, dtype):
     """Though two groups of rows share them; nor does it make them float32, nor anything of the size of the rows."""
     config, slots, size = tiny_config(num_layers=1, dtype=dtype), 2**15, 16
     shaped = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    group = lambda num, width: Rows(lengths=shaped(num), table=shaped(num, slots // size), counts=shaped(num), width=width)
+    group = lambda num, width: Rows(
+        lengths=shaped(num), table=shaped(num, slots // size), counts=shaped(num), width=width
+    )
     params = jax.eval_shape(model.unstack_layers, model.abstract(config))
     pages = model.make_cache(config, 4 * slots // size, size).layers[0].pages
 
