@@ -14,22 +14,24 @@ import pytest
 from qwen_jax import bindings
 from tests.conftest import QUICK_COMPILE
 from tests.train.conftest import record
+from tests.train.test_run import run
 from train.config import Mesh, Stage
+
+pytestmark = pytest.mark.usefixtures("enough_devices")
 
 TIMEOUT = 300
 
 
-def start(file: Path, *, hosts: int, devices: int, compiled: Path) -> list[subprocess.Popen]:
+def start(file: Path, *, hosts: int, devices: int) -> list[subprocess.Popen]:
     """The command on each of `hosts`, with as many virtual devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILE}",
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(hosts),
     }
-    if hosts > 1:
-        environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts)}
     command = [sys.executable, "-m", "train", str(file)]
     return [
         subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment | {"JAX_PROCESS_ID": str(host)})
@@ -37,7 +39,7 @@ def start(file: Path, *, hosts: int, devices: int, compiled: Path) -> list[subpr
     ]
 
 
-def run(config, tmp_path: Path, **where) -> None:
+def run_on(config, tmp_path: Path, **where) -> None:
     file = tmp_path / "run.gin"
     file.write_text(bindings.render(config))
     processes = start(file, **where)
@@ -50,24 +52,26 @@ def run(config, tmp_path: Path, **where) -> None:
             process.kill()
 
 
-def test_two_hosts_then_one(config, change, tmp_path, compiled):
+def test_two_hosts_then_one(config, change, tmp_path):
+    """One host is this process."""
     # A stage that changes nothing: what it goes on from is saved and restored by all hosts.
     config = change(change(config, "mesh", Mesh(data=2)), "stages", (Stage(from_step=3),))
     moved = change(config, "run_dir", str(tmp_path / "moved"))
-    run(config, tmp_path, hosts=1, devices=2, compiled=compiled)
-    run(moved, tmp_path, hosts=2, devices=1, compiled=compiled)
+    run(config)
+    run_on(moved, tmp_path, hosts=2, devices=1)
     assert record(moved) == record(config), "one host or two: the same rows, the same sums"
     forget(moved, 4, 6)
-    run(moved, tmp_path, hosts=1, devices=2, compiled=compiled)
+    run(moved)
     assert record(moved) == record(config)
 
 
-def test_four_hosts_then_two(config, change, tmp_path, compiled):
+@pytest.mark.slow
+def test_four_hosts_then_two(config, change, tmp_path):
     config = change(config, "mesh", Mesh(data=4))
-    run(config, tmp_path, hosts=4, devices=1, compiled=compiled)
+    run_on(config, tmp_path, hosts=4, devices=1)
     unbroken = record(config)
     forget(config, 4, 6)
-    run(config, tmp_path, hosts=2, devices=2, compiled=compiled)
+    run_on(config, tmp_path, hosts=2, devices=2)
     # Sums over four hosts are taken in another order than sums over two.
     for row, expected in zip(record(config), unbroken, strict=True):
         assert row == pytest.approx(expected, rel=1e-6)
