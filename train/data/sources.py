@@ -28,6 +28,11 @@ MAX_DOCUMENT_BYTES = 100_000_000
 MAX_GZIP_RATIO = 100
 _HEAD = 4096  # bytes of a file that tell what it is
 LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+# Files that would need a library of their own, and what makes files of them that are read.
+_NOT_READ = {
+    ".parquet": 'write it as JSON lines: pandas.read_parquet(a).to_json(b, orient="records", lines=True)',
+    **dict.fromkeys((".zst", ".xz", ".bz2", ".zip", ".tar"), "unpack it, or pack each file with gzip"),
+}
 # Installed packages are not the standard library.
 NOT_STDLIB = ("site-packages", "dist-packages", "__pycache__")
 
@@ -83,7 +88,9 @@ def new_tally(source: Source, max_bad_fraction: float) -> Tally:
 
 
 def find_files(source: Source, report: Callable[[str], None]) -> list[SourceFile]:
-    """The files of `source` sorted by name. None is a FileError; hidden files and devices are skipped and reported."""
+    """The files of `source` sorted by name. None is a FileError, and one in a form that is not read a DataError; hidden
+    files and devices are skipped and reported.
+    """
     root, pattern, excluded = _where(source)
     skipped: list[str] = []
     with _readable(root):
@@ -98,6 +105,11 @@ def find_files(source: Source, report: Callable[[str], None]) -> list[SourceFile
         report(f"source: skipped {len(skipped)} entries: {', '.join(skipped[:3])}{', …' if len(skipped) > 3 else ''}")
     if not found:
         raise FileError(f"no file in {root} matches {'/'.join(pattern)}; check data.source")
+    for file in found:
+        if remedy := _NOT_READ.get(PurePath(file.name.lower()).suffix):
+            raise DataError(
+                f"{file.path} is no text and no JSON lines, packed with gzip or not: {remedy}; or leave it out"
+            )
     return sorted(found, key=lambda file: file.name)
 
 

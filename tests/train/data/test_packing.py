@@ -1,16 +1,22 @@
 """Best fit: every item in one bin, no bin too full, hardly any room left; whole documents as rows."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.errors import DataError
-from train.data import Rows
+from qwen_jax.text import Tokenizer
+from qwen_jax.text.chat import FORMATS
+from train.data import Conversations, Rows, conversations, sources
+from train.data.documents import encode
 from train.data.packing import best_fit
 from train.data.rows import BestFit
 
 END = 1
+SHARED = Path(__file__).parents[4] / "shared/data"
 
 
 def slow_best_fit(lengths, capacity):
@@ -39,6 +45,17 @@ def test_many_items_leave_hardly_any_room_and_the_seed_draws_among_equals():
     assert lengths.sum() / ((len(bounds) - 1) * 2048) > 0.995
     again, other = (best_fit(lengths, 2048, seed=seed)[0] for seed in (0, 1))
     assert (items == again).all() and (items != other).any()
+
+
+@pytest.mark.skipif(not (SHARED / "sft").exists(), reason="needs ../shared/data with the conversation sets")
+def test_conversation_sets_fill_99_percent_of_their_rows(make_shards):
+    source = Conversations(path=str(SHARED / "sft/*.json"))
+    files = sources.find_files(source, print)
+    chats = conversations.documents(files, source, FORMATS["qwen2.5"], sources.Tally(0))
+    ids = [ids for ids, _ in encode(Tokenizer.load(SHARED / "tokenizer-qwen2.5"), chats)]
+    layout = BestFit(make_shards(ids, vocab_size=2**18, dtype="uint32"), 2048, seed=0, too_long="truncate")
+    assert len(files) == 4 and len(ids) > 1000 and layout.num_left_out == 0
+    assert layout.num_columns / (layout.num_rows * 2048) >= 0.99
 
 
 def documents(*lengths):

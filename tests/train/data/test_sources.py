@@ -249,3 +249,12 @@ def test_the_standard_librarys_broken_files_are_skipped_and_counted(tmp_path, mo
     found = list(sources.documents(sources.find_files(PythonStdlib(), print), field="", tally=tally))
     assert found == [(str(tmp_path / "a.py"), "x = 1\n")]
     assert tally.bad == 1
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("a.jsonl.zst", "unpack it"), ("A.PARQUET", "write it as JSON lines")])
+def test_a_form_that_is_not_read_is_named_with_what_makes_it_one_that_is(tmp_path, read, name, remedy):
+    (tmp_path / name).write_bytes(b"PAR1")
+    (tmp_path / "b.txt").write_text("read")
+    with pytest.raises(DataError, match=rf"{name} is no text and no JSON lines.*{remedy}"):
+        read()
+    assert read(pattern="*.txt")[0] == [("b.txt", "read")]

@@ -132,6 +132,9 @@ class GopherRepetition:
 class C4:
     """Rules of C4 (arXiv 1910.10683, section 2.2). The first group takes lines out, the second whole documents.
 
+    The numbers are those of the paper in print and of the program it was made with; its first version had lines of 3
+    words and documents of 5 sentences, as datatrove does.
+
     Attributes:
       terminal_punctuation: lines that do not end in one of . ! ? " '
       min_line_words: lines of fewer words.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import DataError, FileError
+from qwen_jax.weights.manifest import sync
 
 FORMAT = 1  # raised when the same settings make other bytes than an earlier release
 DROPPED = "dropped.jsonl.gz"  # for people alone: no task reads it
@@ -157,6 +158,7 @@ class Task:
     def _commit(self, path: Path, key: str, summary: Summary) -> None:
         digests = {name: _sha256(partial) for name, partial in self._outputs.items()}
         for name, partial in self._outputs.items():
+            sync(partial)  # a record that survives a power cut must not speak of files that do not
             os.replace(partial, self._folder / name)
         for stale in self._folder.glob(f"{self.index:05}.*"):  # of other settings, or of a killed process
             if stale.name not in digests:
@@ -164,7 +166,11 @@ class Task:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".json.partial")
         partial.write_text(json.dumps({"key": key, "outputs": digests, "summary": vars(summary)}, indent=1))
+        sync(partial)
+        if digests:
+            sync(self._folder)
         os.replace(partial, path)
+        sync(path.parent)
 
 
 def summaries(corpus: Path, phase: Phase) -> Iterator[Summary]:

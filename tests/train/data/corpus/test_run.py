@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from qwen_jax import bindings
 from qwen_jax.errors import ConfigError, DataError, FileError
 from tests.train.data.corpus.conftest import prose, published, tree, write_lines
 from train.data import prepare
@@ -85,6 +89,38 @@ def test_killed_at_every_rename_and_run_again_it_leaves_the_same_bytes(config, w
         except KeyboardInterrupt:
             kills += 1
     assert kills > 20
+    assert tree(config) == whole
+
+
+# The command with the shards of these tests, which kills itself as it is to give a file of a stage its name.
+KILLED = """
+import os, runpy, signal, sys
+from train.data.corpus import phases, read, tasks
+
+stage, *sys.argv[1:] = sys.argv[1:]
+phases.shard_files = lambda files, megabytes: read.shard_files(files, megabytes / 32_000)
+replace = os.replace
+
+def killed(partial, path):
+    if stage in str(path) and "00001" in path.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(partial, path)
+
+tasks.os.replace = killed
+runpy.run_module("train.data.corpus", run_name="__main__")
+"""
+
+
+def test_killed_by_the_system_inside_two_stages_it_leaves_the_same_bytes(config, whole, tmp_path):
+    config = replace(config, tokens=None)
+    file = tmp_path / "corpus.gin"
+    file.write_text(bindings.render(config))
+    for stage in ("4-minhash", "7-decontaminate"):
+        done = subprocess.run([sys.executable, "-c", KILLED, stage, str(file)], capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        work = Path(config.output) / "work"
+        assert list(work.glob(f"{stage}*/00001.*.partial")), "what was being written is there, without its name"
+    run(config, "")
     assert tree(config) == whole
 
 
