@@ -77,7 +77,7 @@ def test_nothing_reaches_into_private_jax():
         assert not any(name.startswith("jax._src") for name in imports(path)), path
 
 
-@pytest.mark.parametrize("program", ["train", "train.data.synthesis", "infer"])
+@pytest.mark.parametrize("program", ["train", "train.data.synthesis", "train.scaling", "infer"])
 def test_help_loads_no_jax(program):
     code = f"import sys, runpy; sys.argv = ['{program}', '--help']\n"
     code += f"try: runpy.run_module('{program}', run_name='__main__')\nexcept SystemExit: pass\n"
