@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qwen_jax import bindings
+from tests.conftest import QUICK_COMPILE
 from train.record import METRICS
 
 COMMAND = (sys.executable, "-m", "train")
@@ -21,7 +22,7 @@ COMMAND = (sys.executable, "-m", "train")
 def environment(compiled):
     """One device, and the programs that other tests have compiled."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return os.environ | cache | {"XLA_FLAGS": ""}
+    return os.environ | cache | {"XLA_FLAGS": QUICK_COMPILE}
 
 
 @pytest.fixture

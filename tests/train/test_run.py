@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -242,25 +240,19 @@ def test_attention_that_cannot_be_is_refused_before_data_is_prepared(config):
     assert not (Path(config.run_dir) / "tokenizer.json").exists()
 
 
-HOSTS = """
-import os
-import jax
-from train.run import join_hosts
+def test_hosts_are_looked_for_where_there_are_tpus_and_nowhere_else(monkeypatch):
+    calls, before = [], jax.config.jax_platforms
 
-calls = []
-def initialize(*args):
-    calls.append(args)
-    raise ValueError("coordinator_address should be defined.")
+    def initialize(*arguments):
+        calls.append(arguments)
+        raise ValueError("coordinator_address should be defined.")
 
-jax.distributed.initialize = initialize
-for platforms in ("cpu", "tpu,cpu"):
-    jax.config.update("jax_platforms", platforms)
-    join_hosts()
-print(calls)
-"""
-
-
-def test_hosts_are_looked_for_where_there_are_tpus_and_nowhere_else():
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    done = subprocess.run([sys.executable, "-c", HOSTS], env=environment, capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == ("[()]\n", 0), done.stderr
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    try:
+        for platforms in ("cpu", "tpu,cpu"):
+            jax.config.update("jax_platforms", platforms)
+            run_module.join_hosts()
+    finally:
+        jax.config.update("jax_platforms", before)
+    assert calls == [()]
