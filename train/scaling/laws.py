@@ -7,6 +7,7 @@ logarithms of both; over cells, log mu_opt = log c + n log N + d log D, and log 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,6 +124,7 @@ def fit(sizes: Sequence[float], tokens: Sequence[float], values: Sequence[float]
     return Law(*map(float, numbers), intervals, tuple(map(float, residuals)), covariance)
 
 
+@functools.cache
 def student(freedom: int) -> float:
     """How many standard errors an interval with CONFIDENCE reaches to each side: a quantile of Student's t.
 

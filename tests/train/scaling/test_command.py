@@ -84,8 +84,8 @@ def test_planted_laws_become_a_run(command, planted, scaling, capsys):
 
 
 def test_a_run_is_an_ordinary_one_and_is_done_once(scaling, enough_devices, capsys):
-    first, second, *_ = points(scaling)
-    assert first.config.steps == 10 and first.flops <= second.flops
+    first, second, third, *_ = sorted(points(scaling), key=lambda point: point.config.steps)
+    assert first.config.steps == 20
     loss = sweep.train(first)
     folder = Path(first.config.run_dir)
     assert loss == sweep.final_loss(first) and {"metrics.jsonl", "checkpoints", "config.gin", "log.txt"} <= {
@@ -99,7 +99,7 @@ def test_a_run_is_an_ordinary_one_and_is_done_once(scaling, enough_devices, caps
         assert sweep.sweep([second], Report()) == [math.inf]
         patch.setattr(sweep, "run", lambda *_: 130)
         with pytest.raises(sweep.Stopped):
-            sweep.sweep(points(scaling)[2:3], Report())
+            sweep.sweep([third], Report())
     assert sweep.final_loss(second) == math.inf
     assert "diverged" in capsys.readouterr().err
 

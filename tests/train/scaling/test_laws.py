@@ -47,11 +47,10 @@ def test_what_is_no_optimum_is_doubted():
     assert "diverged" in optimum(diverged).doubt and optimum(diverged).peak_lr == LRS[2]
     far = [run._replace(loss=math.inf) if run.peak_lr > LRS[3] else run for run in runs]
     assert not optimum(far).doubt, "what diverges elsewhere says nothing"
-    flat = [
-        run._replace(loss=1.0 if run[:2] == (LRS[2], BATCHES[2]) else 2 - abs(math.log(run[0] / LRS[2])))
-        for run in runs
-    ]
-    assert optimum(flat).doubt == "the loss around the best run has no minimum"
+    # Next to the best run, which alone is low, it falls in two directions and rises in two.
+    twist = lambda run: math.log(run[0] / LRS[2]) * math.log(run[1] / BATCHES[2])
+    saddle = [run._replace(loss=-0.5 if run[:2] == (LRS[2], BATCHES[2]) else max(-0.49, twist(run))) for run in runs]
+    assert optimum(saddle).doubt == "the loss around the best run has no minimum"
     with pytest.raises(ValueError, match="every run diverged"):
         optimum([run._replace(loss=math.inf) for run in runs])
 
