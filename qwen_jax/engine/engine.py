@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -115,7 +116,8 @@ class Engine:
             # XLA on CPU multiplies one row of bfloat16 some ten times slower than two.
             least = math.lcm(sharding.axis_size(sharding.ROWS), 2 if config.dtype == "bfloat16" else 1)
             padding_costs = sharding.platform() == "cpu"
-            self._cache = make_cache(config, num_pages, size, int8=capacity.int8)
+            self._make_cache = functools.partial(make_cache, config, num_pages, size, int8=capacity.int8)
+            self._cache = self._make_cache()
             # One more than there are rows: the place of whatever nobody asked for.
             self._last = jnp.zeros(capacity.max_rows + 1, jnp.int32)
             self._drafter = (
@@ -198,6 +200,13 @@ class Engine:
         self._early += self._collect()
         with jax.set_mesh(self.mesh):
             self._params = repeat_kv_heads(params)
+            self._cache = self._make_cache() if self._cache is None else self._cache
+        self._scheduler.restart()
+
+    def release(self) -> None:
+        """Gives back the memory of weights and cache, until `swap` brings other weights; no step before that."""
+        self._early += self._collect()
+        self._params = self._cache = None
         self._scheduler.restart()
 
     def step(self) -> list[Token]:
