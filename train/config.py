@@ -197,16 +197,34 @@ class AdamW:
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
-    """Linear warm-up, then half a cosine from the peak down to `final_fraction` of it at the last step."""
+    """Linear warm-up, then half a cosine from the peak down to `final_fraction` of it at the last step.
 
-    warmup_steps: int
+    Attributes:
+      warmup_steps: how long it is, or
+      warmup_fraction: how long of the steps, rounded down; one of the two.
+      final_fraction: 1 for a rate that stays at the peak.
+    """
+
+    warmup_steps: int | None = None
+    warmup_fraction: float | None = None
     final_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
+        if (self.warmup_steps is None) == (self.warmup_fraction is None):
+            raise ConfigError(
+                f"warmup_steps={self.warmup_steps} and warmup_fraction={self.warmup_fraction}: say one of them, how "
+                "long the warm-up is"
+            )
+        if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps={self.warmup_steps} must not be negative")
+        if self.warmup_fraction is not None:
+            _below_one(self, "warmup_fraction")
         if not 0 <= self.final_fraction <= 1:
             raise ConfigError(f"final_fraction={self.final_fraction} must be between 0 and 1")
+
+    def warmup(self, steps: int) -> int:
+        """Steps of the warm-up in a run of so many."""
+        return self.warmup_steps if self.warmup_fraction is None else int(self.warmup_fraction * steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,7 +371,7 @@ class TrainConfig:
             raise ConfigError(f"steps={self.steps} and epochs={self.epochs}: say one of them, how long the run is")
         if self.epochs and self.stages:
             raise ConfigError(f"epochs={self.epochs} cannot be counted over stages, which begin at a step; say steps")
-        if self.steps and self.schedule.warmup_steps >= self.steps:
+        if self.steps and self.schedule.warmup(self.steps) >= self.steps:
             raise ConfigError(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} must be below steps={self.steps}, or the peak "
                 f"learning rate is never reached"
@@ -460,7 +478,7 @@ class TrainConfig:
         While the steps of `epochs` are not known, there are as few as the schedule has room for.
         """
         if self.epochs:
-            return self.with_steps(self.schedule.warmup_steps + 1).stage_configs
+            return self.with_steps(self.schedule.warmup(0) + 1).stage_configs
         config = dataclasses.replace(self, stages=()) if self.stages else self
         configs, starts = [config], [0, *(stage.from_step for stage in self.stages), self.steps]
         for number, stage in enumerate(self.stages, 1):

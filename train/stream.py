@@ -111,7 +111,7 @@ def count_steps(config: TrainConfig, corpus: Corpus) -> TrainConfig:
     pairs = zip(corpus.parts, config.data.parts, strict=True)
     read = [layout(tokens.train, part, config.data, seed=config.seed) for tokens, part in pairs if part.weight]
     steps = math.ceil(config.epochs * sum(each.num_rows for each in read) / config.batch_size)
-    if steps <= config.schedule.warmup_steps:
+    if steps <= config.schedule.warmup(steps):
         raise ConfigError(
             f"epochs={config.epochs} are {steps} steps of this data, and schedule.warmup_steps="
             f"{config.schedule.warmup_steps} must be below; lower it"

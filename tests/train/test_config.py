@@ -40,6 +40,8 @@ from train.config import LM, Mesh, Stage, TrainConfig, Zoo
         ),
         ("data.sequence_length", 33, "data.sequence_length=33 must not exceed model.max_position=32"),
         ("schedule.warmup_steps", 6, "warmup_steps=6 must be below steps=6"),
+        ("schedule.warmup_steps", None, "warmup_steps=None and warmup_fraction=None: say one of them"),
+        ("schedule.warmup_fraction", 0.1, "warmup_steps=2 and warmup_fraction=0.1: say one of them"),
         ("schedule.final_fraction", 1.5, "final_fraction=1.5 must be between 0 and 1"),
         ("optimizer.peak_lr", 0.0, "peak_lr=0.0 must be above 0"),
         ("optimizer.b2", 1.0, "b2=1.0 must be at least 0 and below 1"),

@@ -22,6 +22,14 @@ def test_cosine(step, expected):
     assert learning_rate(jnp.int32(step)) == pytest.approx(2 * expected, rel=1e-6)
 
 
+def test_a_warm_up_may_be_a_part_of_the_steps():
+    assert [Cosine(warmup_fraction=0.03).warmup(steps) for steps in (1, 33, 34, 1000)] == [0, 0, 1, 30]
+    part, steps = (
+        optim.cosine(Cosine(**how), peak=1.0, steps=10) for how in ({"warmup_fraction": 0.35}, {"warmup_steps": 3})
+    )
+    assert [part(jnp.int32(n)) for n in range(10)] == [steps(jnp.int32(n)) for n in range(10)]
+
+
 @pytest.mark.parametrize("steps, warmup", [(1, 0), (2, 1)])
 def test_shortest_schedules_are_finite(steps, warmup):
     learning_rate = optim.cosine(Cosine(warmup_steps=warmup), peak=1.0, steps=steps)
