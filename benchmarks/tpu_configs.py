@@ -1,4 +1,4 @@
-"""Writes docs/tpu-configs.md: what the TPU compiler says of every run in configs/tpu. Nothing here runs on a TPU.
+"""Writes docs/tpu-configs.md: what the TPU compiler says of every run for TPUs in configs. Nothing runs on a TPU.
 
 python benchmarks/tpu_configs.py                 # all of them, some minutes each
 python benchmarks/tpu_configs.py CONFIG.gin ...  # only these; the other rows stay
@@ -6,6 +6,8 @@ python benchmarks/tpu_configs.py CONFIG.gin ...  # only these; the other rows st
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -18,10 +20,10 @@ from train.plan.compiled import Compiled, check_installed, compile_step
 from train.plan.topology import Topology, parse
 
 ROOT = Path(__file__).parents[1]
-CONFIGS, PAGE = ROOT / "configs" / "tpu", ROOT / "docs" / "tpu-configs.md"
+CONFIGS, TUNING, PAGE = ROOT / "configs" / "tpu", ROOT / "configs", ROOT / "docs" / "tpu-configs.md"
 
 TEXT = """\
-# The runs of configs/tpu
+# The runs for TPUs
 
 {label}. Of each device:
 
@@ -34,7 +36,8 @@ TEXT = """\
 Of a run with stages the row is of the last.
 
 `python benchmarks/tpu_configs.py` writes this page; `python -m train.plan CONFIG.gin --topology v5e-256` says more of
-one run. All are pretraining, the one objective there is today.
+one run. Those of configs/tpu are pretraining, and the others supervised fine-tuning of a published model, whose folder is
+not needed here.
 
 """
 HEAD = ("run", "chips", "rows x tokens", "mesh", "remat", "memory, GiB", "collectives, GB", "waiting", "step", "MFU")
@@ -48,14 +51,28 @@ SHORT = {
 
 
 def runs() -> list[Path]:
-    """The configs that are named after chips; the others are included by these."""
-    return sorted(path for path in CONFIGS.glob("*.gin") if re.search(r"-v\d[a-z]-\d+$", path.stem))
+    """The configs that are named after chips, and those of fine-tuning; the others are included by these."""
+    named = [path for path in CONFIGS.glob("*.gin") if re.search(r"-v\d[a-z]-\d+$", path.stem)]
+    return sorted(named) + sorted(TUNING.glob("sft_*.gin"))
 
 
 def load(path: Path) -> tuple[TrainConfig, Topology]:
-    """A run as it is in its last stage, and the chips in its name."""
-    config, _ = bindings.resolve(TrainConfig, bindings.read(path))
-    return config.stage_configs[-1][1], parse("-".join(path.stem.split("-")[-2:]))
+    """A run as it is in its last stage, and its chips: those in its name, or in the command on top of it."""
+    config, _ = bindings.resolve(TrainConfig, [_shape_alone(each) for each in bindings.read(path)])
+    told = re.search(r"--topology (\S+)", path.read_text())
+    return config.stage_configs[-1][1], parse(told[1] if told else "-".join(path.stem.split("-")[-2:]))
+
+
+def _shape_alone(binding: bindings.Binding) -> bindings.Binding:
+    """A published model by its name, in the place of its folder."""
+    new = {"@Pretrained": ("model", "@Zoo"), "%MODEL": ("model.name", "%MODEL")}
+    if binding.path == "MODEL":
+        name = Path(ast.literal_eval(binding.text)).name.removesuffix("-long")
+        return dataclasses.replace(binding, text=repr(name))
+    if binding.path in ("model", "model.path") and binding.text in new:
+        path, text = new[binding.text]
+        return dataclasses.replace(binding, path=path, text=text)
+    return binding
 
 
 def settings(path: Path) -> list[str]:
@@ -63,7 +80,7 @@ def settings(path: Path) -> list[str]:
     config, topology = load(path)
     micro = f" in {config.accumulation} micro-batches" if config.accumulation > 1 else ""
     return [
-        f"[{path.stem}](../configs/tpu/{path.name})",
+        f"[{path.stem}](../{path.relative_to(ROOT)})",
         f"{topology.num_chips} {topology.chip.name}",
         f"{config.batch_size:,} x {config.data.sequence_length:,}{micro}",
         page.mesh_text(config),

@@ -224,7 +224,7 @@ class Cosine:
 
     def warmup(self, steps: int) -> int:
         """Steps of the warm-up in a run of so many."""
-        return self.warmup_steps if self.warmup_fraction is None else int(self.warmup_fraction * steps)
+        return self.warmup_steps or 0 if self.warmup_fraction is None else int(self.warmup_fraction * steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,10 +277,15 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointing:
-    """A checkpoint every `every` steps and at the end, of which the latest `keep` stay."""
+    """A checkpoint every `every` steps and at the end, of which the latest `keep` stay.
+
+    With `keep_best`, so does that of the lowest held-out loss (in its last stage, of a run that has several); where an
+    evaluation finds a lower one, there is a checkpoint at once.
+    """
 
     every: int
     keep: int = 3
+    keep_best: bool = False
 
     def __post_init__(self) -> None:
         _at_least(1, self, "every", "keep")
@@ -288,14 +293,35 @@ class Checkpointing:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Held-out loss every `every` steps over `batches` micro-batches (0: all there are), and at the end over all."""
+    """Held-out loss every `every` steps over `batches` micro-batches (0: all there are), and at the end over all.
+
+    Attributes:
+      every, batches: see above.
+      samples: held-out prompts that the model answers at each evaluation, by its likeliest tokens, into samples.jsonl.
+      max_new_tokens: of such an answer.
+    """
 
     every: int
     batches: int = 0
+    samples: int = 0
+    max_new_tokens: int = 256
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "every")
-        _at_least(0, self, "batches")
+        _at_least(1, self, "every", "max_new_tokens")
+        _at_least(0, self, "batches", "samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What the end of a run leaves in `RUN/export`: its best checkpoint, or the last, as transformers and PEFT read it.
+
+    Attributes:
+      merged: of an adapter, the whole model that it makes; False for the adapter alone, in the form of PEFT.
+      dtype: of a whole model's weights; None for float32, in which they are trained, or that of an adapter's base.
+    """
+
+    merged: bool = False
+    dtype: DType | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,7 +359,8 @@ class TrainConfig:
       attention: which implementation.
       layers: one compiled layer in a loop ("scan"), or each on its own ("unroll", faster on CPU); "auto" picks.
       checkpoint: when the state is saved.
-      evaluation: when the held-out loss is measured.
+      evaluation: when the held-out loss is measured, and what is asked then.
+      export: what is published at the end; None for nothing.
       log_every: steps between rows of metrics.jsonl.
       profile: which steps are traced.
       stages: what changes on the way; all that is above holds from the first step on.
@@ -358,6 +385,7 @@ class TrainConfig:
     layers: Literal["auto", "scan", "unroll"] = "auto"
     checkpoint: Checkpointing
     evaluation: Evaluation
+    export: Export | None = None
     log_every: int = 1
     profile: Profile = Profile()
     stages: tuple[Stage, ...] = ()
@@ -376,6 +404,13 @@ class TrainConfig:
                 f"schedule.warmup_steps={self.schedule.warmup_steps} must be below steps={self.steps}, or the peak "
                 f"learning rate is never reached"
             )
+        if self.checkpoint.keep_best and self.evaluation.batches:
+            raise ConfigError(
+                f"checkpoint.keep_best compares losses over the same text, and evaluation.batches="
+                f"{self.evaluation.batches} is not all of it; set it to 0, with a smaller data.held_out perhaps"
+            )
+        if self.export and not self.adapter and self.export.merged:
+            raise ConfigError("export.merged is for an adapter, and the whole model is trained; leave it out")
         self._check_batch()
         self._check_model()
         self._check_stages()

@@ -19,7 +19,18 @@ CONFIG = "config.gin"
 LOCK = "lock"
 
 # What may change when a run goes on: where it lives and how it is computed and watched, not what is computed.
-MAY_CHANGE = ("run_dir", "mesh", "remat", "attention", "layers", "checkpoint", "evaluation", "log_every", "profile")
+MAY_CHANGE = (
+    "run_dir",
+    "mesh",
+    "remat",
+    "attention",
+    "layers",
+    "checkpoint",
+    "evaluation",
+    "export",
+    "log_every",
+    "profile",
+)
 _STAGE = re.compile(r"stages\.\d+\.")  # in which the same may change
 
 

@@ -27,11 +27,13 @@ from train.config import Pretrained, TrainConfig
 from train.data import Conversations, Corpus, Rows, prepare
 from train.data.mixture import MixedRows
 from train.evaluation import HeldOut
+from train.export import EXPORT, export
 from train.feed import abstract_batch, put_batch
 from train.profiler import Profiler
 from train.progress import Report
 from train.record import Record
-from train.saving import Saver
+from train.samples import Samples
+from train.saving import Best, Saver
 from train.step import (
     Metrics,
     State,
@@ -158,7 +160,7 @@ def train_stage(
 
         # State
         unroll = unrolled(config, mesh)
-        state, frozen = begin(config, optimizer, checkpoint, shared, unroll=unroll)
+        state, frozen, base = begin(config, optimizer, checkpoint, shared, unroll=unroll)
         start = int(state.step)
 
         held_out = HeldOut(config, objective, corpus) if any(len(part.held_out) for part in corpus.parts) else None
@@ -170,9 +172,13 @@ def train_stage(
                 "model.json": config.model_config.to_json().encode(),
                 **({ADAPTER: adapter.describe(config, config.adapter)} if config.adapter else {}),
             },
-            meta=fingerprint(corpus),
+            meta=fingerprint(corpus) | base,
             warn=report.warn,
         )
+        best = Best(checkpoints, directory, start=steps.start, done=start) if config.checkpoint.keep_best else None
+        samples = None
+        if held_out and config.evaluation.samples:
+            samples = Samples(config, corpus, mesh=mesh, directory=directory, step=start, report=report.line)
         profiler = stack.enter_context(Profiler(directory / "profile", config.profile, start=start, warn=report.warn))
         describe(config, mesh, start, report)
         record.restart_clock(start)
@@ -200,6 +206,12 @@ def train_stage(
                     record.held_out(step, **measures)
                     each = "".join(f", {name} {loss:.3f}" for name, loss in losses.items()) if len(losses) > 1 else ""
                     report.line(f"step {step}: held-out loss {measures['loss']:.3f}{each}")
+                    if best and best.improves(measures["loss"]):
+                        if not saving:
+                            saver.save(step, state)
+                        best.keep(step, measures["loss"])
+                    if samples:
+                        samples.answer(step, state.params, frozen)
                 if saving or evaluating:
                     record.restart_clock(step)
                 if last or exit_code:
@@ -219,11 +231,17 @@ def train_stage(
                 plot.draw(directory, entropies=held_out.entropies if held_out else None)
             except OSError as error:  # the run is saved: a picture is no reason to fail
                 report.warn(f"no {plot.IMAGE}: {error.strerror}")
-        if first_host and step == config.steps and not exit_code:
-            if held_out:
-                print(f"\n{held_out.summary(losses)}\n")
+        finished = step == config.steps and not exit_code
+        if first_host and finished and held_out:
+            print(f"\n{held_out.summary(losses)}\n")
+        if finished and config.export:
+            chosen = checkpoints.best if checkpoints.best in checkpoints.steps() else step
+            export(config.export, checkpoints.folder(chosen), directory / EXPORT, report)
+        if first_host and finished:
             how = "chat {}" if "chat" in fingerprint(corpus) else 'generate {} --prompt "def "'
-            print(f"try  python -m infer {how.format(config.run_dir)}")
+            print(
+                f"try  python -m infer {how.format(f'{config.run_dir}/{EXPORT}' if config.export else config.run_dir)}"
+            )
     return exit_code
 
 
@@ -234,23 +252,24 @@ def begin(
     shared: Shared,
     *,
     unroll: bool,
-) -> tuple[State, Params | None]:
-    """The state to go on from, and where an adapter is trained the parameters of its base."""
+) -> tuple[State, Params | None, dict[str, str]]:
+    """The state to go on from, and where an adapter is trained the parameters of its base, and what tells it apart."""
     restored = functools.partial(restored_state, config=config.model_config, optimizer=optimizer, unroll=unroll)
     if not isinstance(config.model, Pretrained) or (checkpoint and not config.adapter):
         if checkpoint:
-            return restored(checkpoint), None
-        return initial_state(config.model_config, optimizer, seed=config.seed, unroll=unroll), None
+            return restored(checkpoint), None, {}
+        return initial_state(config.model_config, optimizer, seed=config.seed, unroll=unroll), None, {}
     with open_model(config.model.path, warn=shared.report.warn) as source:
         check_tokenizer(shared.corpus, source)
         if not config.adapter:
-            return pretrained_state(source, optimizer, unroll=unroll), None
+            return pretrained_state(source, optimizer, unroll=unroll), None, {}
+        base = {"base": adapter.check_source(config, source, checkpoint)}
         frozen = adapter.load_frozen(config, source, unroll=unroll)
     if checkpoint:
         state = restored(checkpoint, adapter=config.adapter)
     else:
         state = adapted_state(config, config.adapter, frozen, optimizer, unroll=unroll)
-    return state, adapter.without_tables(frozen, config.adapter)
+    return state, adapter.without_tables(frozen, config.adapter), base
 
 
 def trace(config: TrainConfig) -> None:
@@ -300,10 +319,11 @@ def check_corpus(corpus: Corpus, config: TrainConfig, checkpoint: Checkpoint | N
             f"the tokenizer has {corpus.tokenizer.num_tokens} tokens and model.vocab_size is "
             f"{config.model_config.vocab_size}; make it at least that"
         )
-    if checkpoint and checkpoint.meta != fingerprint(corpus):
+    meta = {name: value for name, value in (checkpoint.meta if checkpoint else {}).items() if name != "base"}
+    if checkpoint and meta != fingerprint(corpus):
         raise DataError(
-            f"the tokens are not those that {checkpoint.path} was trained on: {fingerprint(corpus)}, not "
-            f"{checkpoint.meta}; restore them, or choose another run_dir"
+            f"the tokens are not those that {checkpoint.path} was trained on: {fingerprint(corpus)}, not {meta}; "
+            "restore them, or choose another run_dir"
         )
 
 

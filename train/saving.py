@@ -1,14 +1,15 @@
-"""Saving that a full disk does not end at once."""
+"""Saving that a full disk does not end at once, and the checkpoint that is kept for its held-out loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from qwen_jax.errors import FileError
 from qwen_jax.weights.checkpoint import Checkpoints
-from train.record import Record
+from train.record import METRICS, Record, rows
 from train.step import State, stacked
 
 FAILURES_IN_A_ROW = 3
@@ -79,3 +80,30 @@ class Saver:
                 self._warn(f"the last checkpoint failed too: {failure}")
         if self._last and not error:
             raise self._last
+
+
+class Best:
+    """The step of a stage with the lowest held-out loss, of those that have a checkpoint, which it keeps from deletion.
+
+    Args:
+      checkpoints: of the run.
+      directory: of the run, whose record knows the losses before a run was stopped.
+      start: of the stage. Another stage reads other text, or longer rows, and its losses are others.
+      done: steps done. What was measured there is measured again.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, directory: Path, *, start: int, done: int) -> None:
+        self._checkpoints, there, path = checkpoints, checkpoints.steps(), directory / METRICS
+        losses = {
+            row["step"]: row["held_out_loss"] for row in (rows(path) if path.exists() else ()) if "held_out_loss" in row
+        }
+        known = [(loss, step) for step, loss in losses.items() if start < step < done and step in there]
+        self._loss, self._checkpoints.best = min(known, default=(float("inf"), None))
+
+    def improves(self, loss: float) -> bool:
+        """Whether a loss is lower than all before it."""
+        return loss < self._loss
+
+    def keep(self, step: int, loss: float) -> None:
+        """Keeps the checkpoint of this step in the place of the one before."""
+        self._loss, self._checkpoints.best = loss, step

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -66,14 +67,22 @@ class AdaptedModel(Model):
       path: of the adapter.
       config: what the adapter was trained as; None for the base's.
       chat: whether it was trained to answer in turns; None for what the base says.
+      files: what lies beside the adapter and takes the place of the base's, such as a chat template.
 
     Raises ModelError unless the adapter is one of such a model.
     """
 
     def __init__(
-        self, base: Model, adapter: Adapter, *, path: Path, config: ModelConfig | None = None, chat: bool | None = None
+        self,
+        base: Model,
+        adapter: Adapter,
+        *,
+        path: Path,
+        config: ModelConfig | None = None,
+        chat: bool | None = None,
+        files: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
-        self.base, self.adapter, self.path = base, adapter, path
+        self.base, self.adapter, self.path, self._files = base, adapter, path, files
         config = config or base.config
         self.config = dataclasses.replace(config, param_dtype=base.config.param_dtype)
         self.model_type, self.table, self.layout = base.model_type, base.table, base.layout
@@ -95,7 +104,7 @@ class AdaptedModel(Model):
         return (values.astype(np.float32) + np.float32(self.adapter.scale) * change).astype(values.dtype)
 
     def side_files(self) -> dict[str, bytes]:
-        return self.base.side_files()
+        return {**self.base.side_files(), **self._files}
 
     def tokenizer(self) -> Tokenizer:
         return self.base.tokenizer()

@@ -135,7 +135,11 @@ def open_checkpoint(
 
 
 class Checkpoints:
-    """The checkpoints folder of a run, which has one writer. Call wait() before leaving, or the last save is lost."""
+    """The checkpoints folder of a run, which has one writer. Call wait() before leaving, or the last save is lost.
+
+    Attributes:
+      best: a step that stays although there are newer ones; None for none.
+    """
 
     def __init__(self, root: Path, *, keep: int = 3, warn: Callable[[str], None]) -> None:
         """Touches no file yet.
@@ -150,6 +154,7 @@ class Checkpoints:
         self._root = Path(root).expanduser().absolute()
         self._keep = keep
         self._warn = warn
+        self.best: int | None = None
         self._saves = 0
         self._pending: Future[None] | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -220,6 +225,10 @@ class Checkpoints:
         """The finished steps, oldest first, not verified."""
         return [step for step, folder in step_folders(self._root).items() if (folder / manifest.FILE_NAME).exists()]
 
+    def folder(self, step: int) -> Path:
+        """Where a step is, or will be."""
+        return self._root / folder_name(step)
+
     def latest_valid(self) -> Checkpoint | None:
         """The newest step that verifies, or None if there is no step.
 
@@ -248,8 +257,8 @@ class Checkpoints:
             raise FileError(f"checkpoints cannot be written to {self._root}: {reason(error)}") from error
 
     def _delete_older_than(self, step: int) -> None:
-        """Leaves, of the steps up to this one, as many as are to be kept."""
-        older = [other for other in self.steps() if other < step]
+        """Leaves, of the steps up to this one, as many as are to be kept, and the best."""
+        older = [other for other in self.steps() if other < step and other != self.best]
         for old in older[: max(0, len(older) + 1 - self._keep)]:
             folder = self._root / folder_name(old)
             try:

@@ -34,10 +34,11 @@ from qwen_jax.weights.manifest import sync
 from qwen_jax.weights.progress import Bytes
 from qwen_jax.weights.quantize import QuantizedSink, Rounding
 from qwen_jax.weights.sinks import NativeSink, PublishedSink, Sink, write_files
-from qwen_jax.weights.source import Model, NativeCheckpoint, Piece, PublishedFolder, open_model, pieces
+from qwen_jax.weights.source import INDEX, Model, NativeCheckpoint, Piece, PublishedFolder, open_model, pieces
 from qwen_jax.weights.verify import Certificate, add_model_options, certify, in_threads, to_json
 
 CERTIFICATE = "certificate.json"
+_OF_WEIGHTS = ("config.json", INDEX, "LICENSE", "NOTICE")  # of whole ones
 
 
 def convert(
@@ -94,6 +95,8 @@ def convert(
 def write_adapter(source: Model, target: Path) -> None:
     """Writes the adapter of a model, in the form of PEFT, to a folder that does not exist yet, or is empty.
 
+    Beside it lie, as PEFT's own programs leave them, the tokenizer's files, the chat template and generation defaults.
+
     Raises ModelError if the model has none, ConfigError or FileError if `target` cannot be written.
     """
     if not isinstance(source, AdaptedModel):
@@ -103,6 +106,8 @@ def write_adapter(source: Model, target: Path) -> None:
         _check_target(source.path, target)
         with _partial_folder(target) as partial:
             peft.write(source, partial)
+            beside = publish.side_files(source, {tensor.name: source.dtype(tensor) for tensor in source.table})
+            write_files(partial, {name: beside[name] for name in beside if name not in _OF_WEIGHTS})
             peft.read(partial, source.base)
             os.rename(partial, target)
             sync(target.parent)

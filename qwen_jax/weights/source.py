@@ -50,6 +50,8 @@ SIDE_FILES = (
     "LICENSE",
     "NOTICE",
 )
+# Of these, what an adapter changes: how the model is talked to, and where its answers end.
+ADAPTER_FILES = ("chat_template.jinja", "generation_config.json")
 SIDE_FILES_BYTES = 64 * 2**20  # of all together; the largest published have 20 million
 _Kind = Literal["published", "native", "peft"]
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -294,8 +296,10 @@ def open_model(
         try:
             if checkpoint and made:
                 about = dict(config=_native_config(checkpoint), chat=checkpoint.meta.get("chat"))
-                return adapted.AdaptedModel(base, made, path=checkpoint.path, **about)
-            return adapted.AdaptedModel(base, peft.read(path, base), path=path)
+                files = {name: checkpoint.read(name) for name in checkpoint.files if name in ADAPTER_FILES}
+                return adapted.AdaptedModel(base, made, path=checkpoint.path, files=files, **about)
+            files = {name: contents for name, contents in _read_side_files(path).items() if name in ADAPTER_FILES}
+            return adapted.AdaptedModel(base, peft.read(path, base), path=path, files=files)
         except BaseException:
             base.close()
             raise

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
+import signal
 from pathlib import Path
 
 import jax
@@ -12,17 +15,20 @@ import numpy as np
 import pytest
 
 from qwen_jax import bindings, model, sharding
-from qwen_jax.errors import ConfigError
+from qwen_jax.errors import SAVED_PLEASE_RESTART, ConfigError
 from qwen_jax.text.chat import FORMATS
 from qwen_jax.weights import publish
-from qwen_jax.weights.source import open_model
+from qwen_jax.weights.checkpoint import Checkpoints
+from qwen_jax.weights.source import open_model, pieces
 from qwen_jax.weights.usage import read_usage
 from tests.train.conftest import record
+from tests.train.test_run import when_step
 from train import run as run_module
 from train import stream
-from train.config import LM, Noise, Pretrained, Stage
+from train.config import LM, Checkpointing, Evaluation, Export, Noise, Pretrained, Stage
 from train.data import Conversations, Mixture, Part, Rows, Text, TrainBPE
 from train.data.rows import BestFit
+from train.evaluation import HeldOut
 from train.objectives import lm
 
 
@@ -68,6 +74,36 @@ def test_a_run_on_conversations_is_a_model_that_chats(tuned, chats, capsys):
     child = dataclasses.replace(tuned, model=Pretrained(path=tuned.run_dir), data=again)
     assert stream.chat_format(child, warn=pytest.fail).form.name == "qwen2"
     assert stream.chat_format(child, warn=pytest.fail).template.encode() == files[stream.TEMPLATE]
+
+
+@pytest.mark.usefixtures("enough_devices")
+def test_what_a_stopped_run_says_keeps_and_exports(tuned, tmp_path, monkeypatch, capsys):
+    """Answers at every evaluation, the best checkpoint beside the latest, and a folder of it; as of an unbroken run."""
+    losses = iter([3.0, 1.0, 2.0, 2.0, 4.0])  # of steps 1 to 5: step 4 is the last before the stop
+    monkeypatch.setattr(HeldOut, "losses", lambda self, params, *, whole: {"all": next(losses)})
+    config = dataclasses.replace(
+        tuned, steps=5, epochs=0, evaluation=Evaluation(every=1, samples=2, max_new_tokens=8), export=Export(),
+        checkpoint=Checkpointing(every=3, keep=1, keep_best=True),
+    )  # fmt: skip
+    with when_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert run_module.run(config, bindings.render(config)) == SAVED_PLEASE_RESTART
+    folder = Path(config.run_dir)
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["00000002", "00000004"]
+    (folder / "samples.jsonl").open("a").write('{"step": 4, "prompt": "of a run that was killed"}')
+    assert run_module.run(config, bindings.render(config)) == 0
+    assert sorted(Checkpoints(folder / "checkpoints", warn=pytest.fail).steps()) == [2, 5]
+    said = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in said] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    for row in said:
+        number = re.search(r"user\n(\d+)\?<\|im_end\|>\n<\|im_start\|>assistant\n$", row["prompt"])[1]
+        assert row["reference"] == f"it is {int(number) ** 2}" and row["finish_reason"] in ("stop", "length")
+    with open_model(folder / "export") as out, open_model(folder / "checkpoints" / "00000002") as best:
+        assert out.side_files()[stream.TEMPLATE] == best.side_files()[stream.TEMPLATE]
+        for piece in (piece for tensor in out.table for piece in pieces(tensor, 4)):
+            np.testing.assert_array_equal(out.read(piece), best.read(piece))
+    ends = json.loads((folder / "export" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends[0] == out.tokenizer().control["<|im_end|>"]
+    assert f"infer chat {config.run_dir}/export" in capsys.readouterr().out
 
 
 def test_a_format_must_be_known_and_the_same_for_all(tuned, chats):

@@ -1,4 +1,4 @@
-"""Every run of configs/tpu resolves, has its row in docs/tpu-configs.md, compiles and fits."""
+"""Every run for TPUs resolves, has its row in docs/tpu-configs.md, compiles and fits."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ tpu_configs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tpu_configs)
 RUNS = tpu_configs.runs()
 every_run = pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+PRETRAINING = [path for path in RUNS if path.parent == tpu_configs.CONFIGS]
+TUNING = [path for path in RUNS if path not in PRETRAINING]
 
 # The compiler's warnings, which it keeps to its own log files unless told otherwise.
 TELLING = {"TPU_STDERR_LOG_LEVEL": "0", "TF_CPP_MIN_LOG_LEVEL": "0"}
@@ -43,7 +45,7 @@ jax.jit(turn, in_shardings=at("x", "y", None)).lower(jax.ShapeDtypeStruct((64, 6
 
 
 def test_every_size_on_every_chip():
-    there = {path.stem for path in RUNS}
+    there = {path.stem for path in PRETRAINING}
     for size in ("0.5b", "7b", "72b"):
         for chip in ("v5e", "v5p", "v6e"):
             assert any(name.startswith(f"qwen2.5-{size}-{chip}-") for name in there), (size, chip)
@@ -52,11 +54,37 @@ def test_every_size_on_every_chip():
 
 def test_every_other_file_is_included():
     files = {path.name: path.read_text() for path in tpu_configs.CONFIGS.glob("*.gin")}
-    others = files.keys() - {path.name for path in RUNS}
+    others = files.keys() - {path.name for path in PRETRAINING}
     assert others == {name for name in files if any(f'include "{name}"' in text for text in files.values())}
 
 
-@every_run
+@pytest.mark.parametrize("path", TUNING, ids=lambda path: path.stem)
+def test_a_run_of_fine_tuning_fills_its_chips_and_exports_its_best(path):
+    config, topology = tpu_configs.load(path)
+    assert math.prod(astuple(config.mesh)) == topology.num_devices
+    assert config.run_dir == f"runs/{path.stem}"
+    assert config.export and config.checkpoint.keep_best
+    assert f"python -m train configs/{path.name}" in path.read_text()
+
+
+def test_published_numbers_of_fine_tuning():
+    """Of each report: length, batch, peak and last learning rate, warm-up, weight decay."""
+    found = {}
+    for path in TUNING:
+        config, _ = tpu_configs.load(path)
+        rate, schedule = config.optimizer.peak_lr, config.schedule
+        length, last = config.data.sequence_length, round(rate * schedule.final_fraction, 12)
+        found[path.stem.removeprefix("sft_")] = (length, config.batch_size, rate, last, schedule.warmup(1000))
+        assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.1, 1.0)
+    assert found["qwen1"] == (2048, 128, 2e-6, 2e-7, 1430)
+    assert found["qwen2"] == found["qwen2.5"] == (32768, 32, 7e-6, 7e-7, 30)
+    assert found["math"] == (4096, 128, 2e-5, 7e-7, 30)
+    assert found["coder"] == (8192, 128, 1e-5, 1e-5, 30)
+    assert found["lora"] == (2048, 16, 3e-4, 0, 10)
+    assert found["qwen2.5-1m"][0] == 262144
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=lambda path: path.stem)
 def test_a_run_is_what_its_file_is_called(path):
     last, topology = tpu_configs.load(path)
     config, _ = bindings.resolve(TrainConfig, bindings.read(path))

@@ -155,6 +155,7 @@ class Respond:
     Attributes:
       field: where the instruction stands: a text, or messages up to the last of the user.
       reference: where the right answer stands; empty where there is none, which keeps all.
+      marked: whether only what stands in a box or after #### is an answer, as in the rows a model was tuned on.
       samples: answers to each.
       keep: answers of each that are kept at most; 0 for all.
       system: a system message, for an instruction that is a text; empty for none.
@@ -162,6 +163,7 @@ class Respond:
 
     field: str = "prompt"
     reference: str = ""
+    marked: bool = False
     samples: int = 8
     keep: int = 0
     system: str = ""
@@ -170,6 +172,8 @@ class Respond:
         _not_empty(self, "field")
         _at_least(self, 1, "samples")
         _at_least(self, 0, "keep")
+        if self.marked and not self.reference:
+            raise ConfigError("marked=True is for answers that are compared with a reference, and there is none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

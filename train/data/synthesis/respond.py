@@ -28,7 +28,7 @@ class RespondStage(Stage):
         reference = self._reference(row) if config.reference else None
         right, kept = 0, {}
         for answer in answers:
-            if fault := answer.fault or _fault(answer, reference):
+            if fault := answer.fault or self._wrong(answer, reference):
                 outcome.dropped[fault] += 1
                 continue
             right += 1
@@ -43,21 +43,20 @@ class RespondStage(Stage):
         outcome.kept = [{**row, "messages": [*chat, _message(answer)], **numbers} for answer in kept.values()]
         return outcome
 
+    def _wrong(self, answer: Answer, reference: str | None) -> str | None:
+        if reference is None:
+            return None
+        final = (marked_answer if self._config.marked else final_answer)(answer.text)
+        if final is None:
+            return "no final answer"
+        return None if same_answer(final, reference) else "wrong"
+
     def _reference(self, row: Row) -> str:
         value = row.get(self._config.reference)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return repr(value)
         reference = rows.text(row, self._config.reference)
         return marked_answer(reference) or reference.strip()
-
-
-def _fault(answer: Answer, reference: str | None) -> str | None:
-    if reference is None:
-        return None
-    final = final_answer(answer.text)
-    if final is None:
-        return "no final answer"
-    return None if same_answer(final, reference) else "wrong"
 
 
 def _message(answer: Answer) -> dict[str, str]:
