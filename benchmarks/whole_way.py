@@ -83,7 +83,10 @@ def main(arguments: list[str]) -> int:
     command(folder, "train.data.corpus", corpus, "--set", "source=@PythonStdlib", 'output="runs/demo/corpus/code"')
     command(folder, "train", str(CONFIGS / "pretrain.gin"))
     command(folder, "train", str(CONFIGS / "sft.gin"), "--set", f"data.source.path={json.dumps(str(train))}")
-    (base_form, base_right), (form, right) = check(folder, test, "runs/demo/base", "base"), check(folder, test, EXPORT, "sft")
+    (base_form, base_right), (form, right) = (
+        check(folder, test, "runs/demo/base", "base"),
+        check(folder, test, EXPORT, "sft"),
+    )
     same = same_in_transformers(folder, test)
     bars = {
         f"answers in the trained form: {form:.1%} (base {base_form:.1%}), at least {IN_FORM:.0%}": form >= IN_FORM,

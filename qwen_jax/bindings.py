@@ -227,6 +227,10 @@ def _numbered(hint: Any, value: Any, located: _Located, path: str, where: str, p
             raise ConfigError(f"{b.where}: the sections of {path} are {path}.1, {path}.2 and so on, not {b.path:.80}")
         else:
             below.setdefault(int(rest[0]), []).append((rest[1:], b))
+    if value is _MISSING:
+        if not below:
+            return value
+        value = ()
     there = dict(enumerate(value, 1))
     for number in sorted(below):
         if number > len(there) + 1:

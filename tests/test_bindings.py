@@ -83,6 +83,11 @@ class Several:
     last: Muon | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    runs: tuple[Heads, ...]
+
+
 MINIMAL = "seed = 1\nmodel.heads.query = 4\n"
 
 
@@ -394,6 +399,12 @@ def test_sections_of_a_tuple_are_numbered_from_one(tmp_path):
     assert resolve(Several, lines)[0] == made
     assert resolve(Several, [*lines, *parse_set(["runs.2.query=8"])])[0].runs[1].query == 8
     assert resolve(Several, [*lines, *parse_set(["runs=()"])])[0].runs == ()
+
+
+def test_a_tuple_of_sections_may_have_no_default():
+    assert resolve(Wanted, parse_set(["runs.1.query=4"]))[0].runs == (Heads(query=4),)
+    with pytest.raises(ConfigError, match=re.escape("write `runs = ...` (() or numbered sections)")):
+        resolve(Wanted, [])
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from train.config import TrainConfig
 
 CONFIG = "config.gin"
 LOCK = "lock"
+TOKENS = "tokens"
 
 # What may change when a run goes on: where it lives and how it is computed and watched, not what is computed.
 MAY_CHANGE = (
@@ -81,8 +82,8 @@ def _lock(path: Path) -> int:
 
 
 def check_empty(directory: Path) -> None:
-    """Raises ConfigError if `directory` holds anything but our lock."""
-    held = sorted(entry.name for entry in directory.iterdir() if entry.name != LOCK)
+    """Raises ConfigError if `directory` holds anything but our lock, and tokens, which are checked against the source."""
+    held = sorted(entry.name for entry in directory.iterdir() if entry.name not in (LOCK, TOKENS))
     if held:
         raise ConfigError(
             f"--fresh starts in an empty directory, and {directory} holds {', '.join(held[:4])}"

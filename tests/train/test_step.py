@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from qwen_jax import sharding
 from train import objectives, optim
 from train.config import LM
+from train.run import watch
 from train.step import initial_state, make_train_step
 
 # The same sums in float32 in another order. Gradients are compared by Adam's first moment, a tenth of them: the step
@@ -103,6 +105,16 @@ def test_a_batch_without_targets_only_decays(config):
     assert (metrics["loss"], metrics["grad_norm"], metrics["weight"]) == (0, 0, 0)
     factor = jax.tree.map(lambda decays: 1 - 0.01 * 0.1 if decays else 1, optim.decays(before))
     jax.tree.map(lambda a, b, f: np.testing.assert_allclose(a, b * f, rtol=1e-6), after.params, before, factor)
+
+
+def test_a_batch_without_targets_is_told_of(config):
+    said = []
+    record, report = (
+        types.SimpleNamespace(train=lambda *a: None),
+        types.SimpleNamespace(warn=said.append, step=lambda *a: None),
+    )
+    watch((3, {"loss": 0.0, "grad_norm": 0.0, "weight": 0.0}), config, record, report)
+    assert said == ["step 3: no token of this batch counts, so nothing was learned from it"]
 
 
 def test_state_is_float32_when_activations_are_not(config):

@@ -46,7 +46,7 @@ def with_devices(config: TrainConfig, topology: Topology, prefix: str = "") -> T
 
 def check_state(config: TrainConfig, topology: Topology) -> None:
     """Raises ConfigError if the state of the model cannot fit, however it is split."""
-    state = formulas.STATE * config.model_config.num_parameters
+    state = formulas.whole_state_bytes(config)
     hbm = topology.hbm * topology.num_devices / topology.slices  # slices repeat the state
     if state > hbm:
         least = topology.larger(state / topology.hbm)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from qwen_jax.config import ModelConfig
-from train.config import TrainConfig
+from qwen_jax.weights import hf
+from train.config import LoRA, TrainConfig
 
 # Bytes of a parameter in training, all float32: itself, its two moments, and its gradient until the update.
 PARAMETER, MOMENTS, GRADIENT = 4, 8, 4
@@ -105,7 +106,27 @@ def passes(config: TrainConfig) -> int:
 
 def state_bytes(config: TrainConfig) -> float:
     """Bytes per device of parameters, moments and gradients."""
-    return STATE * held_parameters(config)
+    return whole_state_bytes(config) * held_parameters(config) / config.model_config.num_parameters
+
+
+def whole_state_bytes(config: TrainConfig) -> float:
+    """Bytes of them over all devices; beside an adapter the parameters have the type they compute in, and no more."""
+    model = config.model_config
+    if not config.adapter:
+        return STATE * model.num_parameters
+    frozen = BF16 if model.dtype == "bfloat16" else F32
+    return frozen * model.num_parameters + STATE * adapter_parameters(model, config.adapter)
+
+
+def adapter_parameters(model: ModelConfig, adapter: LoRA) -> int:
+    """Parameters of an adapter, the tables that it trains whole among them."""
+    paths, count = set(adapter.paths(model)), 0
+    for tensor in hf.table(model, hf.model_type_of(model)):
+        outputs, *inputs = tensor.shape
+        adapted = [part for part in tensor.parts if part.path.removesuffix("/w") in paths]
+        count += adapter.rank * (outputs + len(adapted) * sum(inputs)) if adapted else 0
+    tables = (1 if model.tie_embeddings else 2) * model.vocab_size * model.width
+    return count + (tables if adapter.train_embeddings else 0)
 
 
 def activation_bytes(config: TrainConfig) -> float:

@@ -8,7 +8,7 @@ import pytest
 
 from qwen_jax import zoo
 from qwen_jax.ops import mlp
-from train.config import Mesh, Zoo
+from train.config import LoRA, Mesh, Zoo
 from train.plan import formulas
 
 
@@ -60,6 +60,16 @@ def test_the_mlp_of_a_long_row_takes_no_memory_by_token(planned, change):
 def test_state_is_four_numbers_per_parameter(planned):
     whole = 16 * planned.model_config.num_parameters
     assert formulas.state_bytes(planned) == whole / 256
+
+
+def test_beside_an_adapter_parameters_have_no_moments(planned):
+    """Of rank 64 on all linear layers of Qwen2.5-7B, whose parameters PEFT counts as 161,480,704."""
+    adapted = dataclasses.replace(planned, adapter=LoRA(rank=64))
+    assert formulas.adapter_parameters(planned.model_config, adapted.adapter) == 161_480_704
+    whole = 2 * planned.model_config.num_parameters + 16 * 161_480_704
+    assert formulas.whole_state_bytes(adapted) == whole < formulas.whole_state_bytes(planned) / 6
+    tables = dataclasses.replace(adapted, adapter=LoRA(rank=64, train_embeddings=True))
+    assert formulas.whole_state_bytes(tables) == whole + 16 * 2 * 152064 * 3584
 
 
 def test_only_active_experts_cost_work_and_all_cost_memory(planned):

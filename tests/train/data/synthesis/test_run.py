@@ -135,6 +135,14 @@ def test_questions_that_leave_no_room_and_answers_that_are_cut_are_counted(says,
     assert [row["id"] for row in done.rows] == [0] and done.report["rows in without any out"] == 2
 
 
+def test_only_what_is_marked_is_an_answer_where_that_is_asked(says, stage):
+    says(lambda question, request: "it is 0" if "1" in question else "#### 0")
+    rows = [{"prompt": f"{number}?", "answer": "0"} for number in (1, 2)]
+    done = stage(rows, "Respond", *MODEL, "stage.marked = True", **{**RESPOND, "samples": 1})
+    assert done.report["dropped"] == {"no final answer": 1} and done.report["rows out"] == 1
+    assert stage(rows, "Respond", *MODEL, "stage.marked = True").code == 2
+
+
 def test_samples_of_one_row_are_drawn_apart(says, stage):
     drawn = []
     says(lambda question, request: drawn.append((request.seed, request.row)) or "3")
