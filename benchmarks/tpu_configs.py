@@ -36,8 +36,8 @@ TEXT = """\
 Of a run with stages the row is of the last.
 
 `python benchmarks/tpu_configs.py` writes this page; `python -m train.plan CONFIG.gin --topology v5e-256` says more of
-one run. Those of configs/tpu are pretraining, and the others supervised fine-tuning of a published model, whose folder is
-not needed here.
+one run. Those of configs/tpu are pretraining, and the others supervised fine-tuning of a published model, of which
+only the shape is needed here.
 
 """
 HEAD = ("run", "chips", "rows x tokens", "mesh", "remat", "memory, GiB", "collectives, GB", "waiting", "step", "MFU")

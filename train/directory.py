@@ -82,7 +82,7 @@ def _lock(path: Path) -> int:
 
 
 def check_empty(directory: Path) -> None:
-    """Raises ConfigError if `directory` holds anything but our lock, and tokens, which are checked against the source."""
+    """Raises ConfigError if `directory` holds anything but our lock and tokens, which are checked on their own."""
     held = sorted(entry.name for entry in directory.iterdir() if entry.name not in (LOCK, TOKENS))
     if held:
         raise ConfigError(

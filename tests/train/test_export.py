@@ -40,8 +40,8 @@ def adapted(config, tmp_path):
         tokenizer=TokenizerFile(path=str(tmp_path / "base" / "tokenizer.json")),
     )  # fmt: skip
     return dataclasses.replace(
-        config, model=Pretrained(path=str(tmp_path / "base"), dtype="float32"), adapter=LoRA(rank=2), data=data, steps=2,
-        schedule=dataclasses.replace(config.schedule, warmup_steps=0), checkpoint=Checkpointing(every=2),
+        config, model=Pretrained(path=str(tmp_path / "base"), dtype="float32"), adapter=LoRA(rank=2), data=data,
+        steps=2, schedule=dataclasses.replace(config.schedule, warmup_steps=0), checkpoint=Checkpointing(every=2),
         evaluation=Evaluation(every=2, samples=1, max_new_tokens=4), export=Export(),
     )  # fmt: skip
 
