@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from qwen_jax import sharding
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.packing import Capacity, Packing, Wanted, allowed
+from qwen_jax.engine.packing import MOST_PIECES, Capacity, Packing, Wanted, allowed
 from qwen_jax.engine.pages import Pages
 from qwen_jax.engine.request import MAX_LOGPROBS, Request, Token
 from qwen_jax.engine.scheduler import Row, Scheduler
@@ -132,7 +132,11 @@ class Engine:
         )
         pages = Pages(num_pages, size)
         self._scheduler = Scheduler(
-            pages, max_rows=capacity.max_rows, block=self._packing.block, room=self._packing.room
+            pages,
+            max_rows=capacity.max_rows,
+            block=self._packing.block,
+            most_pieces=MOST_PIECES,
+            room=self._packing.room,
         )
         self._speculate = speculate
         self._seen: Seen | None = None

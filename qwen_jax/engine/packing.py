@@ -16,9 +16,12 @@ from qwen_jax.ops.sampling import Sampling, Stages
 
 # Numbers of rows, and lengths of pieces, are rounded up to a few: the least, so many times that, and so on.
 _STEP = 4
-_SHORTEST = 32  # and what pieces are padded to
+_SHORTEST = 32
+_BLOCK = 32  # what a piece is padded to
+MOST_PIECES = 16  # of a step: there is room for logits after each
 # Where padding costs what tokens cost:
 _MANY, _STEP_OF_MANY = 4, 2  # rows
+_SMALL_BLOCK = 8
 _LEAST_FULL = 0.75  # of the place for pieces; where it would be less, there is less of it
 
 _IDLE = Sampling(temperature=0)
@@ -69,14 +72,15 @@ class Packing:
 
     @property
     def block(self) -> int:
-        """What pieces are padded to."""
-        return -(-min(_SHORTEST, self.capacity.chunk) // self.least) * self.least
+        """What a piece is padded to."""
+        block = min(_SMALL_BLOCK if self.padding_costs else _BLOCK, self.capacity.chunk)
+        return -(-block // self.least) * self.least
 
     def room(self, fillable: int) -> int:
         """The place that the next step has for pieces, where so much could be filled."""
         size = min(fillable, self._widths[-1])
         width = next(width for width in self._widths if width >= size)
-        if self.padding_costs and width > self.block and size < _LEAST_FULL * width:
+        if self.padding_costs and width > self._widths[0] and size < _LEAST_FULL * width:
             return max(width for width in self._widths if width < size)
         return width
 
@@ -104,14 +108,16 @@ class Packing:
         places = [-(-size // self.block) * self.block for size in sizes]
         # A prompt that is taken in whole, since what it keeps goes by all of it, is one block.
         whole = pieces[0].row.kind is None
-        total = next((width for width in self._widths if width >= sum(places) and not whole), sum(places))
+        shortest = self._widths[0]
+        longer = -(-sum(places) // shortest) * shortest
+        total = longer if whole else next(width for width in self._widths if width >= sum(places))
         count = 1 if whole else total // self.block
         starts = np.cumsum([0, *places[:-1]])
         tokens, lengths = np.zeros(total, np.int32), np.zeros(total, np.int32)
         for piece, start, size in zip(pieces, starts, sizes, strict=True):
             tokens[start : start + size] = piece.row.tokens[piece.start : piece.stop]
             lengths[start : start + size] = len(piece.row.request.prompt)
-        ends = np.zeros(-(-count // self.least) * self.least, np.int32)
+        ends = np.zeros(-(-min(count, MOST_PIECES) // self.least) * self.least, np.int32)
         ends[: len(pieces)] = starts + sizes - 1
         rows = [piece.row for piece in pieces]
         group = self._rows(rows, [piece.stop for piece in pieces], sizes, count, width=total // count)
@@ -144,8 +150,8 @@ class Packing:
 
     @functools.cached_property
     def _widths(self) -> Sequence[int]:
-        most = max(1, self.capacity.chunk // self.block) * self.block
-        return _ladder(self.block, most, lambda width: _STEP)
+        shortest = max(1, min(_SHORTEST, self.capacity.chunk) // self.block) * self.block
+        return _ladder(shortest, max(1, self.capacity.chunk // shortest) * shortest, lambda width: _STEP)
 
     def _rows(
         self, rows: Sequence[Row], lengths: Sequence[int], counts: Sequence[int], count: int, *, width: int

@@ -86,18 +86,21 @@ class Scheduler:
       reused: tokens that were found in pages instead of being computed.
     """
 
-    def __init__(self, pages: Pages, *, max_rows: int, block: int, room: Callable[[int], int]) -> None:
+    def __init__(
+        self, pages: Pages, *, max_rows: int, block: int, most_pieces: int, room: Callable[[int], int]
+    ) -> None:
         """
         Args:
           pages: of the cache.
           max_rows: rows that run together.
           block: pieces take their place in whole blocks of so many tokens.
+          most_pieces: of a step.
           room: how much place a step has for pieces, where so much could be filled. A row whose kind is None is taken
             in whole, and alone.
         """
         self.pages = pages
         self.preemptions = self.reused = 0
-        self._block, self._room = block, room
+        self._block, self._most_pieces, self._room = block, most_pieces, room
         self._places = list(range(max_rows - 1, -1, -1))
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []  # in the order of admission
@@ -164,10 +167,11 @@ class Scheduler:
         if row.kind is None:
             return [self._piece(row, row.target)]
         pieces, room = [], self._room(self._fillable())
-        while room and row is not None and row.kind is not None:
+        while row is not None and row.kind is not None:
             pieces.append(self._piece(row, min(row.target, row.length + room)))
             room -= self._place(pieces[-1].stop - pieces[-1].start)
-            row = self._under_way() or (self._admit() if room else None)
+            full = not room or len(pieces) == self._most_pieces
+            row = None if full else self._under_way() or self._admit()
         return pieces
 
     def _piece(self, row: Row, stop: int) -> Piece:
