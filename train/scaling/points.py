@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,13 +113,13 @@ def _point(
 
 def schedule(steps: int, peak_lr: float, batch_size: int, warmup: float) -> dict[str, object]:
     """What a sweep chooses of a run, by the paths of a TrainConfig."""
-    warmup_steps = min(math.ceil(warmup * steps), steps - 1)
     return {
         "batch_size": batch_size,
         "steps": steps,
         "epochs": 0.0,
         "optimizer.peak_lr": peak_lr,
-        "schedule.warmup_steps": warmup_steps,
+        "schedule.warmup_steps": None,
+        "schedule.warmup_fraction": warmup,
     }
 
 

@@ -29,21 +29,16 @@ def sweep(points: Sequence[Point], report: Report) -> list[float]:
 
     Raises Stopped, and what a run raises.
     """
-    losses, began, worked = [], time.monotonic(), 0.0
-    left = sum(point.flops for point in points)
+    losses = []
     for number, point in enumerate(points, 1):
-        left -= point.flops
-        start = time.monotonic()
+        start, took = time.monotonic(), "done before"
         loss = final_loss(point)
-        known = loss is not None
         if loss is None:
             loss = train(point)
-            worked += point.flops
+            took = f"{time.monotonic() - start:.1f} s"
         losses.append(loss)
         said = f"loss {loss:.4f}" if math.isfinite(loss) else "diverged"
-        took = "done before" if known else f"{time.monotonic() - start:.1f} s"
-        rest = f", about {left / worked * (time.monotonic() - began) / 60:.0f} min left" if worked and left else ""
-        report.line(f"{number:>4} of {len(points)}  {point.name:<40} {said:<12} {took}{rest}")
+        report.line(f"{number:>4} of {len(points)}  {point.name:<40} {said:<12} {took}")
     return losses
 
 
