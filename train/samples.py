@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from itertools import groupby, pairwise
@@ -116,15 +117,17 @@ def _prompts(config: TrainConfig, corpus: Corpus, limit: int) -> Iterator[Prompt
         chat = isinstance(part.part.source, Conversations)
         ends = frozenset({corpus.tokenizer.end_of_text}) | (turn_ends(corpus.tokenizer) if chat else frozenset())
         count = len(range(number, config.evaluation.samples, len(parts)))
+        (newline,) = corpus.tokenizer.encode("\n")
+        cut = functools.partial(_cut, part.held_out, limit=limit, newline=newline)
         bounds = [index * part.held_out.num_documents // max(1, count) for index in range(count + 1)]
         for first, last in pairwise(bounds):
-            cuts = (_cut(part.held_out, document, limit) for document in range(first, last))
+            cuts = map(cut, range(first, last))
             fitting = next(((ids, reference) for ids, reference in cuts if 0 < len(ids) <= room), None)
             if fitting:
                 yield Prompt(ids=fitting[0], reference=fitting[1], stop_ids=ends)
 
 
-def _cut(shards: TokenShards, document: int, limit: int) -> tuple[list[int], list[int]]:
+def _cut(shards: TokenShards, document: int, *, limit: int, newline: int) -> tuple[list[int], list[int]]:
     """The prompt that a document makes, and what follows there; an empty one where nothing is trained."""
     start, stop = shards.document(document)
     ids, flags = shards.tokens(start, stop).tolist(), shards.trained(start, stop).tolist()
@@ -132,7 +135,12 @@ def _cut(shards: TokenShards, document: int, limit: int) -> tuple[list[int], lis
         middle = len(ids) // 2
         return ids[:middle], ids[middle : middle + limit]
     runs = [list(run) for trained, run in groupby(range(len(ids)), flags.__getitem__) if trained]
-    return (ids[: runs[-1][0]], ids[runs[-1][0] : runs[-1][-1] + 1]) if runs else ([], [])
+    if not runs:
+        return [], []
+    first, last = runs[-1][0], runs[-1][-1]
+    # Some formats train the newline after the name of who speaks, which a prompt has.
+    first += ids[first] == newline and last > first
+    return ids[:first], ids[first : last + 1]
 
 
 def _capacity(lengths: list[int]) -> Capacity:
