@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,26 @@ from qwen_jax.weights.load import load_params
 from qwen_jax.weights.source import Model, Piece
 from train.config import LoRA, Pretrained, TrainConfig
 
+
+class Frozen(NamedTuple):
+    """What a step is given beside the state, and leaves as it is.
+
+    Attributes:
+      base: the parameters that an adapter is trained beside.
+      reference: those that DPO compares with, where they are not the base.
+      learned: what the model of online merging had learned from its own base.
+    """
+
+    base: Params | None = None
+    reference: Params | None = None
+    learned: Params | None = None
+
+
+NOTHING = Frozen()
+
+
 # Of the trained parameters, the frozen ones and a key: what the objective is a function of.
-Join = Callable[[Params, Params | None, PRNGKeyArray | None], Params]
+Join = Callable[[Params, Frozen, PRNGKeyArray | None], Params]
 
 
 def join(adapter: LoRA | None) -> Join:
@@ -32,10 +51,10 @@ def join(adapter: LoRA | None) -> Join:
     if adapter is None:
         return lambda params, frozen, key: params
 
-    def attached(params: Params, frozen: Params | None, key: PRNGKeyArray | None) -> Params:
-        assert frozen is not None, "an adapter has a base"
+    def attached(params: Params, frozen: Frozen, key: PRNGKeyArray | None) -> Params:
+        assert frozen.base is not None, "an adapter has a base"
         key = None if key is None else jax.random.fold_in(key, 2)
-        return model.attach(frozen, params, scale=adapter.scale, dropout=adapter.dropout, key=key)
+        return model.attach(frozen.base, params, scale=adapter.scale, dropout=adapter.dropout, key=key)
 
     return attached
 

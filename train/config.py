@@ -16,6 +16,7 @@ from qwen_jax import zoo
 from qwen_jax.config import DType, ModelConfig, Rope
 from qwen_jax.errors import ConfigError
 from qwen_jax.weights import hf, targets
+from train.alignment import OnlineMerging
 from train.data.config import Data, Mixture, Source
 
 
@@ -354,6 +355,7 @@ class TrainConfig:
       epochs: how often all rows are seen; of a mixture, how often as many rows as its parts have together.
       optimizer: and its constants.
       schedule: learning rate over the steps.
+      merging: of every step with what the model had learned before; None for none.
       mesh: how the run is split over devices.
       remat: what the backward pass recomputes to save memory: nothing, all but matrix products ("dots"), whole layers.
       attention: which implementation.
@@ -379,6 +381,7 @@ class TrainConfig:
     epochs: float = 0.0
     optimizer: AdamW
     schedule: Cosine
+    merging: OnlineMerging | None = None
     mesh: Mesh = Mesh()
     remat: Literal["none", "dots", "full"] = "none"
     attention: Literal["auto", "pallas", "xla", "cudnn", "reference"] = "auto"
@@ -413,6 +416,7 @@ class TrainConfig:
             raise ConfigError("export.merged is for an adapter, and the whole model is trained; leave it out")
         self._check_batch()
         self._check_model()
+        self._check_alignment()
         self._check_stages()
 
     def _check_batch(self) -> None:
@@ -470,6 +474,14 @@ class TrainConfig:
             )
         if model.width % mesh.fsdp:
             raise ConfigError(f"model.width={model.width} must be a multiple of mesh.fsdp={mesh.fsdp}")
+
+    def _check_alignment(self) -> None:
+        if self.merging and not isinstance(self.model, Pretrained):
+            raise ConfigError(
+                "merging is of a model with weights: set model = @Pretrained and model.path, or leave it out"
+            )
+        if self.merging and self.adapter:
+            raise ConfigError("merging and an adapter do not go together: what was learned before is in all parameters")
 
     def _check_experts(self) -> None:
         moe, mesh = self.model_config.moe, self.mesh

@@ -17,12 +17,13 @@ import optax
 from jax.sharding import Mesh
 
 from qwen_jax.errors import ConfigError, DataError, FileError, NumericalError
-from qwen_jax.model import Params
 from qwen_jax.sharding import make_mesh
 from qwen_jax.weights.checkpoint import Checkpoint, Checkpoints
 from qwen_jax.weights.source import ADAPTER, Model, open_model
 from train import adapter, plot
 from train import directory as run_directory
+from train import frozen as kept
+from train.adapter import NOTHING, Frozen
 from train.config import Pretrained, TrainConfig
 from train.data import Conversations, Corpus, Rows, prepare
 from train.data.mixture import MixedRows
@@ -252,33 +253,33 @@ def begin(
     shared: Shared,
     *,
     unroll: bool,
-) -> tuple[State, Params | None, dict[str, str]]:
-    """The state to go on from, and where an adapter is trained the parameters of its base, and what tells it apart."""
+) -> tuple[State, Frozen, dict[str, str]]:
+    """The state to go on from, what stays as it is beside it, and what tells the model that this is of apart."""
     restored = functools.partial(restored_state, config=config.model_config, optimizer=optimizer, unroll=unroll)
-    if not isinstance(config.model, Pretrained) or (checkpoint and not config.adapter):
+    if not isinstance(config.model, Pretrained) or (checkpoint and not kept.is_needed(config)):
         if checkpoint:
-            return restored(checkpoint), None, {}
-        return initial_state(config.model_config, optimizer, seed=config.seed, unroll=unroll), None, {}
+            return restored(checkpoint), NOTHING, {}
+        return initial_state(config.model_config, optimizer, seed=config.seed, unroll=unroll), NOTHING, {}
     with open_model(config.model.path, warn=shared.report.warn) as source:
         check_tokenizer(shared.corpus, source)
-        if not config.adapter:
-            return pretrained_state(source, optimizer, unroll=unroll), None, {}
-        base = {"base": adapter.check_source(config, source, checkpoint)}
-        frozen = adapter.load_frozen(config, source, unroll=unroll)
-    if checkpoint:
-        state = restored(checkpoint, adapter=config.adapter)
-    else:
-        state = adapted_state(config, config.adapter, frozen, optimizer, unroll=unroll)
-    return state, adapter.without_tables(frozen, config.adapter), base
+        base = {"base": adapter.check_source(config, source, checkpoint)} if kept.is_needed(config) else {}
+        frozen = kept.load(config, source, warn=shared.report.warn, unroll=unroll)
+        if checkpoint:
+            state = restored(checkpoint, adapter=config.adapter)
+        elif config.adapter:
+            assert frozen.base is not None
+            state = adapted_state(config, config.adapter, frozen.base, optimizer, unroll=unroll)
+        else:
+            state = pretrained_state(source, optimizer, unroll=unroll)
+    return state, kept.without_trained(config, frozen), base
 
 
 def trace(config: TrainConfig) -> None:
     """Traces the step of a config, for what it raises."""
     with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))):
         _, optimizer, train_step = configured(config)
-        frozen = adapter.abstract(config.model_config, config.adapter)[1] if config.adapter else None
         state = abstract_state(config.model_config, optimizer, config.adapter)
-        jax.eval_shape(train_step, state, abstract_batch(config), frozen)
+        jax.eval_shape(train_step, state, abstract_batch(config), kept.abstract(config))
 
 
 def join_hosts() -> None:

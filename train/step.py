@@ -23,12 +23,12 @@ from qwen_jax.weights.load import load_params
 from qwen_jax.weights.source import Model
 from train import adapter as adapters
 from train import objectives, optim
-from train.adapter import Join
+from train.adapter import NOTHING, Frozen, Join
 from train.config import LoRA, TrainConfig
 from train.objectives import Batch, Objective
 
 Metrics = dict[str, jax.Array]
-TrainStep = Callable[..., tuple["State", Metrics]]  # of the state, a batch, and maybe frozen parameters
+TrainStep = Callable[..., tuple["State", Metrics]]  # of the state, a batch, and maybe what is frozen
 
 
 class State(NamedTuple):
@@ -121,9 +121,9 @@ def unrolled(config: TrainConfig, mesh: Mesh) -> bool:
 
 def configured(
     config: TrainConfig,
-) -> tuple[Objective, optax.GradientTransformation, TrainStep]:
+) -> tuple[Objective, optax.GradientTransformationExtraArgs, TrainStep]:
     """What a run minimises, its optimiser, and its step: the one that `train.run` runs and `train.plan` compiles."""
-    objective, optimizer = objectives.make(config), optim.adamw(config.optimizer)
+    objective, optimizer = objectives.make(config), optim.make(config)
     learning_rate = optim.cosine(config.schedule, peak=config.optimizer.peak_lr, steps=config.steps)
     step = make_train_step(
         objective,
@@ -137,7 +137,7 @@ def configured(
 
 def make_train_step(
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     learning_rate: Callable[[jax.Array], jax.Array],
     *,
     join: Join | None = None,
@@ -145,7 +145,7 @@ def make_train_step(
 ) -> TrainStep:
     """The compiled step: (state, batch) to the next state and float32 scalars. The given state is used up.
 
-    Beside an adapter the frozen parameters come as a third argument, which stays. With a `seed` every micro-batch has a
+    What is frozen comes as a third argument, which stays. With a `seed` every micro-batch has a
     "key" of its own, a function of it and of the step.
 
     Every array of the batch is [accumulation, rows, ...]. The loss is the sum over all micro-batches divided by the
@@ -157,7 +157,7 @@ def make_train_step(
 
     join = join or adapters.join(None)
 
-    def train_step(state: State, batch: Batch, frozen: model.Params | None = None) -> tuple[State, Metrics]:
+    def train_step(state: State, batch: Batch, frozen: Frozen = NOTHING) -> tuple[State, Metrics]:
         def loss(params: model.Params, micro: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
             return objective(join(params, frozen, micro.get("key")), micro)
 
@@ -167,9 +167,9 @@ def make_train_step(
         (_, sums), gradient = _accumulate(jax.value_and_grad(loss, has_aux=True), state.params, batch)
         weight = jnp.maximum(sums["weight"], 1)  # a batch without a single target has loss 0, not 0 / 0
         gradient = jax.tree.map(lambda g: g / weight, gradient)
-        direction, moments = optimizer.update(gradient, state.optimizer, state.params)
-        rate = learning_rate(state.step)
-        params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
+        rate, before = learning_rate(state.step), (state.optimizer, state.params)
+        changes, moments = optimizer.update(gradient, *before, rate=rate, learned=frozen.learned)
+        params = jax.tree.map(jnp.add, state.params, changes)
         metrics = {
             **{name: value / weight for name, value in sums.items() if name != "weight"},
             "grad_norm": optax.tree.norm(gradient),

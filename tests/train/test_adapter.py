@@ -94,7 +94,7 @@ def values(config, mesh, *, unroll):
         state = State(jnp.zeros((), jnp.int32), trained, jax.jit(optimizer.init)(trained))
         if unroll:
             state, frozen = model.unstack_layers((state, frozen))
-        state, metrics = step(state, batch(config, config.accumulation), frozen)
+        state, metrics = step(state, batch(config, config.accumulation), adapter.Frozen(base=frozen))
         moments = optax.tree_utils.tree_get(model.stack_layers(jax.device_get(state.optimizer)), "mu")
         return float(metrics["loss"]), jax.device_get(moments)
 
@@ -115,7 +115,9 @@ def test_every_field_of_an_adapter_changes_what_the_loss_is_of(config):
     def parameters(**fields):
         lora = LoRA(**{"rank": 4} | fields)
         trained, frozen = adapter.abstract(config.model_config, lora)
-        joined = jax.eval_shape(adapter.join(lora), trained, frozen, jax.eval_shape(jax.random.key, 0))
+        joined = jax.eval_shape(
+            adapter.join(lora), trained, adapter.Frozen(base=frozen), jax.eval_shape(jax.random.key, 0)
+        )
         return str((jax.tree.structure(joined), jax.tree.map(jnp.shape, trained)))
 
     changes = [{}, {"rank": 2}, {"alpha": 8.0}, {"dropout": 0.0}, {"targets": ("v_proj",)}, {"train_embeddings": True}]

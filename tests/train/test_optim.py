@@ -48,13 +48,13 @@ def test_adamw_is_its_definition():
     state = optimizer.init(params)
     m = v = {"w": 0.0, "b": 0.0}
     for step, gradient in enumerate(gradients, 1):
-        direction, state = optimizer.update(gradient, state, params)
+        change, state = optimizer.update(gradient, state, params, rate=np.float32(0.5))
         scale = min(1, 2.0 / np.sqrt(sum(np.sum(g**2) for g in gradient.values())))
         m = {k: 0.8 * m[k] + 0.2 * scale * g for k, g in gradient.items()}
         v = {k: 0.7 * v[k] + 0.3 * (scale * g) ** 2 for k, g in gradient.items()}
         for k in params:
             adam = m[k] / (1 - 0.8**step) / (np.sqrt(v[k] / (1 - 0.7**step)) + 1e-3)
-            np.testing.assert_allclose(direction[k], adam + (0.3 * params[k] if k == "w" else 0), rtol=1e-5)
+            np.testing.assert_allclose(change[k], -0.5 * (adam + (0.3 * params[k] if k == "w" else 0)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("stacked", [True, False])

@@ -10,8 +10,8 @@ import optax
 from train.config import AdamW
 
 
-def adamw(config: AdamW) -> optax.GradientTransformation:
-    """The direction of one step: clipped gradient, Adam, plus decayed weights; the caller scales it by -learning rate.
+def adamw(config: AdamW) -> optax.GradientTransformationExtraArgs:
+    """One step: clipped gradient, Adam, plus decayed weights, all of it times minus the learning rate, `rate`.
 
     The gradient is clipped as a whole, by the norm over all parameters. Both moments have the dtype of the parameters.
     """
@@ -21,12 +21,15 @@ def adamw(config: AdamW) -> optax.GradientTransformation:
         optax.add_decayed_weights(config.weight_decay, mask=decays),
     )
 
-    def update(gradient: Any, state: optax.OptState, params: Any) -> tuple[Any, optax.OptState]:
+    def update(
+        gradient: Any, state: optax.OptState, params: Any = None, *, rate: jax.Array, **_: Any
+    ) -> tuple[Any, optax.OptState]:
         # For the bias correction optax raises a float to the power of an integer, which strict promotion forbids.
         with jax.numpy_dtype_promotion("standard"):
-            return chain.update(gradient, state, params)
+            direction, state = chain.update(gradient, state, params)
+        return jax.tree.map(lambda d: -(rate * d), direction), state
 
-    return optax.GradientTransformation(chain.init, update)
+    return optax.GradientTransformationExtraArgs(chain.init, update)
 
 
 def decays(params: Any) -> Any:

@@ -17,7 +17,7 @@ from jax.experimental import topologies
 
 from qwen_jax import bindings, model, sharding
 from qwen_jax.command import run_command
-from train import adapter
+from train import frozen
 from train.config import TrainConfig
 from train.feed import abstract_batch
 from train.plan import hlo
@@ -46,15 +46,15 @@ def compile_here(config: TrainConfig, topology: Topology) -> tuple[Compiled, str
     with jax.set_mesh(mesh):
         _, optimizer, step = configured(config)
         state, batch = abstract_state(config.model_config, optimizer, config.adapter), abstract_batch(config)
-        frozen = adapter.abstract(config.model_config, config.adapter)[1] if config.adapter else {}
+        kept = frozen.abstract(config)
         if unrolled(config, mesh):
-            state, frozen = jax.eval_shape(model.unstack_layers, (state, frozen))
-        lowered, start = step.lower(state, batch, frozen), time.perf_counter()
+            state, kept = jax.eval_shape(model.unstack_layers, (state, kept))
+        lowered, start = step.lower(state, batch, kept), time.perf_counter()
         peak, text = peak_of(lowered)
     places = [(getattr(device, "slice_index", 0), *device.coords) for device in mesh.devices.flat]
     compiled = Compiled(
         seconds=time.perf_counter() - start,
-        parameters=_bytes((state.params, frozen)),
+        parameters=_bytes((state.params, kept)),
         optimizer=_bytes(state.optimizer),
         batch=_bytes(batch),
         peak=peak,

@@ -1,0 +1,74 @@
+"""What a run keeps as it is beside what it trains: an adapter's base, DPO's reference, what online merging keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax import model
+from qwen_jax.errors import ModelError
+from qwen_jax.model import Params
+from qwen_jax.weights.load import load_params
+from qwen_jax.weights.source import Model, open_model
+from train import adapter
+from train.adapter import Frozen
+from train.alignment import DPO, OnlineMerging
+from train.config import TrainConfig
+
+
+def is_needed(config: TrainConfig) -> bool:
+    """Whether a run keeps anything."""
+    return bool(config.adapter or config.merging or _compares(config))
+
+
+def load(config: TrainConfig, source: Model, *, warn: Callable[[str], None], unroll: bool) -> Frozen:
+    """What the run keeps, on the current mesh, layers as it trains them; an adapter's base with all of its tables.
+
+    Args:
+      config: the run.
+      source: the model that it begins with.
+      warn: takes a line about what was survived in reading another.
+      unroll: whether layers are one tree each.
+
+    Raises ModelError for models that do not go together.
+    """
+    own = adapter.load_frozen(config, source, unroll=unroll) if config.adapter or _compares(config) else None
+    learned = _learned(config.merging, source, warn=warn, unroll=unroll) if config.merging else None
+    return Frozen(base=own, learned=learned) if config.adapter else Frozen(reference=own, learned=learned)
+
+
+def without_trained(config: TrainConfig, frozen: Frozen) -> Frozen:
+    """What of it the steps need: tables that are trained are of the reference what they were, and else of no use."""
+    if config.adapter is None or frozen.base is None or _compares(config):
+        return frozen
+    return frozen._replace(base=adapter.without_tables(frozen.base, config.adapter))
+
+
+def abstract(config: TrainConfig) -> Frozen:
+    """Shapes, dtypes and shardings of that, on the current mesh, layers stacked."""
+    params = model.abstract(config.model_config)
+    own = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(config.model_config.dtype)), params)
+    found = Frozen(
+        base=own if config.adapter else None,
+        reference=own if _compares(config) and not config.adapter else None,
+        learned=params if config.merging else None,
+    )
+    return without_trained(config, found)
+
+
+def _compares(config: TrainConfig) -> bool:
+    return isinstance(config.objective, DPO) and config.objective.reference == "live"
+
+
+def _learned(merging: OnlineMerging, source: Model, *, warn: Callable[[str], None], unroll: bool) -> Params:
+    """What the model has learned since its base, in float32."""
+    with open_model(merging.base, warn=warn) as base:
+        loose = dict(dtype="float32", param_dtype="float32", max_position=1)
+        one, other = (dataclasses.replace(each.config, **loose) for each in (source, base))
+        if one != other:
+            raise ModelError(f"merging.base: {base.path} is of another shape than {source.path}, and not what it was")
+        params, before = (load_params(each, dtype="float32", stacked=not unroll) for each in (source, base))
+    return jax.jit(lambda a, b: jax.tree.map(jnp.subtract, a, b), donate_argnums=0)(params, before)
