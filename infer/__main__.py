@@ -1,11 +1,11 @@
-"""`python -m infer generate | chat | serve MODEL`; `--help` tells the rest."""
+"""`python -m infer generate | chat | serve | score MODEL`; `--help` tells the rest."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from infer.config import Chat, Serve, parse
+from infer.config import Chat, Score, Serve, parse
 from qwen_jax.command import run_command
 from qwen_jax.errors import ConfigError
 
@@ -24,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             raise ConfigError(f"serving needs more packages ({error}): pip install 'qwen-jax[serve]'") from error
         return serve.run(options)
+    if isinstance(options, Score):
+        from infer import score
+
+        return score.run(options)
     from infer import generate
 
     return generate.run(options)

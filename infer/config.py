@@ -136,6 +136,29 @@ class Serve(Options):
     drain_seconds: float
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """What `python -m infer score` was asked for.
+
+    Attributes:
+      model, allow_pickle_format, dtype, format: as in Options.
+      prompt, input, output, overwrite: as in Generate; of texts and of conversations with their answers.
+      step_end: text that ends a step, at each of which is scored; None for the end of the whole alone.
+      batch_size: texts scored together.
+    """
+
+    model: str
+    allow_pickle_format: bool
+    dtype: DType | None
+    format: str | None
+    prompt: Sequence[str]
+    input: str | None
+    output: Path | None
+    overwrite: bool
+    step_end: str | None
+    batch_size: int
+
+
 # Tokens that there is room for unless more is asked for: some models have more positions than a device has memory.
 DEFAULT_LENGTH = 32768
 # Completions of full length that a server's cache has room for unless more is asked for; most are a fraction as long.
@@ -153,7 +176,7 @@ EXIT_CODES = (
 )
 
 
-def parse(arguments: Sequence[str] | None = None) -> Generate | Chat | Serve:
+def parse(arguments: Sequence[str] | None = None) -> Generate | Chat | Serve | Score:
     """The options in `arguments` (default: those of the process). Raises ConfigError for any it does not know."""
     parser = Parser(prog="python -m infer", description="Run a trained model.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -197,6 +220,14 @@ def parse(arguments: Sequence[str] | None = None) -> Generate | Chat | Serve:
     _add_limits(serve)
     _add_sampling(serve)
     _add_guesses(serve)
+    score = commands.add_parser(
+        "score",
+        help="score texts with a reward model",
+        description="Score texts, and conversations that end with an answer, with a reward model: JSON lines come out.",
+        epilog=EXIT_CODES,
+    )
+    score.set_defaults(command=Score)
+    _add_scored(score)
     options = vars(parser.parse_args(arguments))
     return options.pop("command")(**options)
 
@@ -233,6 +264,30 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help=f"format of chats: {', '.join(FORMATS)} (default: the model's own)",
     )
     add("--no-thinking", dest="thinking", action="store_false", help="have a thinking model answer at once")
+
+
+def _add_scored(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a reward model: a published folder, a run, a checkpoint, or a published name")
+    add("--allow-pickle-format", action="store_true", help="read weights in PyTorch's own format, too")
+    add("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the checkpoint's)")
+    add("--format", metavar="NAME", choices=FORMATS, help="format of chats (default: the model's own)")
+    add("--prompt", metavar="TEXT", action="append", default=[], help="a text; may be given several times")
+    add(
+        "--input",
+        metavar="FILE",
+        help='more, - for standard input: JSON lines {"prompt": the whole text} or {"messages": [...]}, whose last is '
+        "the assistant's, or one text per line",
+    )
+    add(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="write JSON lines to this file; after an interruption, the same command makes what is missing there",
+    )
+    add("--overwrite", action="store_true", help="begin the file of --output anew, whatever is in it")
+    add("--step-end", metavar="TEXT", help="of a process-reward model: score wherever this text ends a step")
+    add("--batch-size", metavar="N", type=_integer(1), default=8, help="texts scored together (default: 8)")
 
 
 def _add_length(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from infer.config import Generate
+from infer.config import Generate, Score
 from qwen_jax.errors import ConfigError, DataError, FileError, UserError
 from qwen_jax.text import Tokenizer
 from qwen_jax.text.chat import Format, encode
@@ -32,7 +32,7 @@ class Prompt:
         return "messages" in self.row
 
 
-def read_prompts(options: Generate) -> tuple[list[Prompt], bool]:
+def read_prompts(options: Generate | Score) -> tuple[list[Prompt], bool]:
     """The prompts of the command line and of the input, and whether the input was JSON lines."""
     prompts = [Prompt({"prompt": text}, f"--prompt {number}") for number, text in enumerate(options.prompt, 1)]
     jsonl = False

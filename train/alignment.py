@@ -52,14 +52,11 @@ class DPO:
       loss: of the rewards, or with "ipo" the squared distance of their difference by token to 1 / (2 beta)
         (arXiv 2310.12036; by token as TRL has it, on its authors' word).
       label_smoothing: part of the preferences that are taken to be the wrong way round.
-      reference: log-probabilities computed in every step ("live"), or once, before the first, and kept beside the
-        tokens ("stored").
     """
 
     beta: float = 0.1
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     label_smoothing: float = 0.0
-    reference: Literal["live", "stored"] = "live"
 
     def __post_init__(self) -> None:
         if not self.beta > 0:

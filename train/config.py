@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen_jax import zoo
-from qwen_jax.config import DType, ModelConfig, Rope
+from qwen_jax.config import DType, ModelConfig, Rope, Score
 from qwen_jax.errors import ConfigError
 from qwen_jax.weights import hf, targets
-from train.alignment import OnlineMerging
-from train.data.config import Data, Mixture, Source
+from train.alignment import DPO, OnlineMerging, ProcessReward, Reward
+from train.data.config import Data, Mixture, Preferences, Source
 
 
 def _at_least(least: int, section: object, *names: str) -> None:
@@ -30,6 +30,13 @@ def _below_one(section: object, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(section, name) < 1:
             raise ConfigError(f"{name}={getattr(section, name)} must be at least 0 and below 1")
+
+
+_READ = {
+    "text": "texts or conversations",
+    "steps": 'solutions whose steps are judged (@Preferences with kind = "steps")',
+    "completions": "completions that are compared (@Preferences)",
+}
 
 
 def _next(value: int, step: int) -> int:
@@ -374,7 +381,7 @@ class TrainConfig:
     adapter: LoRA | None = None
     noise: Noise = Noise()
     data: Data
-    objective: LM = LM()
+    objective: LM | Reward | ProcessReward | DPO = LM()
     batch_size: int
     accumulation: int = 1
     steps: int = 0
@@ -448,10 +455,6 @@ class TrainConfig:
                 f"{scaling.original_positions}: past it {type(scaling).__name__} goes by the longest document of a "
                 f"row, and packed documents would change each other; train within it, or with @Yarn or @Linear"
             )
-        if model.score:
-            raise ConfigError(
-                "model.score makes a reward model, and objective LM trains a language model; leave it out"
-            )
         if model.param_dtype != "float32":
             raise ConfigError(
                 f"model.param_dtype={model.param_dtype!r} would lose most updates to rounding; train with "
@@ -476,6 +479,24 @@ class TrainConfig:
             raise ConfigError(f"model.width={model.width} must be a multiple of mesh.fsdp={mesh.fsdp}")
 
     def _check_alignment(self) -> None:
+        kind, score = type(self.objective).__name__, self.model_config.score
+        wanted = {"Reward": 1, "ProcessReward": 2}.get(kind)
+        if (score.labels if score else None) != wanted:
+            has, wants = (f"a score of {n} labels" if n else "no score" for n in (score and score.labels, wanted))
+            raise ConfigError(f"objective {kind} trains a model with {wants}, and this one has {has}")
+        if score and self.evaluation.samples:
+            raise ConfigError(
+                f"evaluation.samples={self.evaluation.samples} are answers, which a model of {kind} does not give"
+            )
+        if score and self.adapter:
+            raise ConfigError(f"objective {kind} trains a model with its new head, whole; leave adapter out")
+        for part in self.data.parts:
+            found = part.source.kind if isinstance(part.source, Preferences) else "text"
+            fits = {"LM": "text", "ProcessReward": "steps"}.get(kind, "completions")
+            if found != fits:
+                raise ConfigError(f"objective {kind} reads {_READ[fits]}; data.source has {_READ[found]}")
+        if isinstance(self.objective, DPO) and not isinstance(self.model, Pretrained):
+            raise ConfigError("objective DPO compares with the model that the run begins with: set model = @Pretrained")
         if self.merging and not isinstance(self.model, Pretrained):
             raise ConfigError(
                 "merging is of a model with weights: set model = @Pretrained and model.path, or leave it out"
@@ -487,7 +508,7 @@ class TrainConfig:
         moe, mesh = self.model_config.moe, self.mesh
         if moe is None:
             for name in ("balance", "z"):
-                if getattr(self.objective, name):
+                if getattr(self.objective, name, 0):
                     raise ConfigError(f"objective.{name} is for a mixture of experts, and the model is dense")
             return
         if bool(moe.shared_width) == self.model_config.qk_norm:
@@ -568,7 +589,7 @@ class TrainConfig:
     def model_config(self) -> ModelConfig:
         """The model's shape, that of others looked up."""
         if isinstance(self.model, ModelConfig):
-            return self.model
+            return self._with_score(self.model)
         if isinstance(self.model, Zoo):
             own = zoo.published(self.model.name)
         else:
@@ -577,7 +598,16 @@ class TrainConfig:
             own = read_config(self.model.path)
         given = {name: getattr(self.model, name) for name in ("rope", "max_position")}
         changed = {name: value for name, value in given.items() if value is not None}
-        return dataclasses.replace(own, dtype=self.model.dtype, param_dtype="float32", **changed)
+        return self._with_score(dataclasses.replace(own, dtype=self.model.dtype, param_dtype="float32", **changed))
+
+    def _with_score(self, model: ModelConfig) -> ModelConfig:
+        """A language model as the reward model that its objective makes of it."""
+        match self.objective:
+            case Reward(hidden=hidden) if model.score is None:
+                return dataclasses.replace(model, score=Score(labels=1, hidden=hidden))
+            case ProcessReward() if model.score is None:
+                return dataclasses.replace(model, score=Score(labels=2, hidden=True))
+        return model
 
     @property
     def micro_batch_size(self) -> int:

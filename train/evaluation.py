@@ -9,10 +9,11 @@ from typing import Any
 
 from qwen_jax.errors import NumericalError
 from qwen_jax.model import Params
-from train.config import TrainConfig
+from train import objectives
+from train.adapter import Frozen
+from train.config import LM, TrainConfig
 from train.data import Corpus, Rows, ngram_entropy
 from train.feed import put_batch
-from train.objectives import Objective
 from train.step import make_eval_step
 from train.stream import layout
 
@@ -20,9 +21,10 @@ from train.stream import layout
 class HeldOut:
     """The held-out text of every part of a corpus, in the rows and micro-batches of the training step."""
 
-    def __init__(self, config: TrainConfig, objective: Objective, corpus: Corpus) -> None:
-        self._config = config
-        self._eval_step = make_eval_step(objective)
+    def __init__(self, config: TrainConfig, corpus: Corpus, frozen: Frozen) -> None:
+        self._config, self._frozen = config, frozen
+        self._eval_step = make_eval_step(objectives.make(config), objectives.refer(config))
+        self._means: dict[str, dict[str, float]] = {}  # of each part, what else its objective measures
         data = config.data
         self._parts = {
             part.name: Rows(
@@ -45,7 +47,7 @@ class HeldOut:
         Of a part that is read in part the batches are spread evenly: neighbouring rows are of one document.
         NumericalError if a loss is not finite.
         """
-        found = {name: self._loss(params, rows, whole) for name, rows in self._parts.items()}
+        found = {name: self._loss(name, params, rows, whole) for name, rows in self._parts.items()}
         for name, loss in found.items():
             if not math.isfinite(loss):
                 raise NumericalError(
@@ -53,21 +55,29 @@ class HeldOut:
                 )
         return found
 
-    def _loss(self, params: Params, rows: Rows, whole: bool) -> float:
+    def _loss(self, name: str, params: Params, rows: Rows, whole: bool) -> float:
         total, asked = rows.num_batches, self._config.evaluation.batches
         count = total if whole or not asked else min(total, asked)
         chosen = [i * total // count for i in range(count)]
-        sums = [self._eval_step(params, put_batch(rows, i, self._config)) for i in chosen]
-        return sum(float(total) for total, _ in sums) / sum(float(weight) for _, weight in sums)
+        sums = [self._eval_step(params, put_batch(rows, i, self._config), self._frozen) for i in chosen]
+        total = {measure: sum(float(each[measure]) for each in sums) for measure in sums[0]}
+        self._means[name] = {m: value / total["weight"] for m, value in total.items() if m not in ("loss", "weight")}
+        return total["loss"] / total["weight"]
 
     def measures(self, losses: Mapping[str, float]) -> dict[str, Any]:
         """What the record keeps of them: their mean by the weights that the parts are trained with, and each part's."""
         weights = {name: self._weights[name] for name in losses}
         weights = weights if any(weights.values()) else dict.fromkeys(losses, 1.0)
-        mean = sum(weights[name] * loss for name, loss in losses.items()) / sum(weights.values())
+        mean = lambda of: sum(weights[name] * of[name] for name in losses) / sum(weights.values())
+        first, *_ = losses
+        judged = {m: mean({name: self._means[name][m] for name in losses}) for m in self._judged(first)}
         if len(losses) > 1:
-            return {"loss": mean, "bits_per_byte": None, "parts": losses}
-        return {"loss": mean, "bits_per_byte": self.bits_per_byte(*next(iter(losses.items())))}
+            return {"loss": mean(losses), "bits_per_byte": None, "parts": losses, **judged}
+        return {"loss": mean(losses), "bits_per_byte": self.bits_per_byte(first, losses[first]), **judged}
+
+    def _judged(self, name: str) -> list[str]:
+        """What of preferences is measured beside the loss; of language nothing is."""
+        return [] if isinstance(self._config.objective, LM) else list(self._means[name])
 
     def bits_per_byte(self, name: str, loss: float) -> float | None:
         """The loss of a part in nats per token as bits per byte of its text, which does not depend on the tokenizer.
@@ -92,6 +102,10 @@ class HeldOut:
 
     def summary(self, losses: Mapping[str, float]) -> str:
         """Held-out losses beside what they should be compared with, as lines of text."""
+        if not isinstance(self._config.objective, LM):
+            measures = self.measures(losses)
+            shown = {name: measures[name] for name in ("loss", "accuracy", "margin") if name in measures}
+            return "\n".join(f"{f'held-out {name}':<20}{value:>12.4f}" for name, value in shown.items())
         columns = {"this model" if len(losses) == 1 else name: loss for name, loss in losses.items()}
         bits = [self.bits_per_byte(name, loss) for name, loss in losses.items()]
         lines = []

@@ -60,7 +60,7 @@ def abstract(config: TrainConfig) -> Frozen:
 
 
 def _compares(config: TrainConfig) -> bool:
-    return isinstance(config.objective, DPO) and config.objective.reference == "live"
+    return isinstance(config.objective, DPO)
 
 
 def _learned(merging: OnlineMerging, source: Model, *, warn: Callable[[str], None], unroll: bool) -> Params:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from train.record import METRICS, rows
@@ -24,8 +25,9 @@ def draw(directory: Path, *, entropies: tuple[float, float] | None) -> None:
     table = list(rows(directory / METRICS))
     train = np.array([(row["step"], row["loss"]) for row in table if "loss" in row]).reshape(-1, 2)
     held_out = np.array([(row["step"], row["held_out_loss"]) for row in table if "held_out_loss" in row]).reshape(-1, 2)
-    figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=150)
-    axes = figure.add_subplot()
+    accuracy = [(row["step"], row["held_out_accuracy"]) for row in table if "held_out_accuracy" in row]
+    figure = Figure(figsize=(12 if accuracy else 8, 4.5), layout="constrained", dpi=150)
+    axes = figure.add_subplot(1, 2 if accuracy else 1, 1)
     axes.plot(*train.T, color=_TRAIN, alpha=0.3, linewidth=0.8)
     axes.plot(*_averaged(train).T, color=_TRAIN, linewidth=2, label="training")
     axes.plot(*held_out.T, color=_HELD_OUT, linewidth=2, marker="o", markersize=4, label="held out")
@@ -44,12 +46,23 @@ def draw(directory: Path, *, entropies: tuple[float, float] | None) -> None:
                 color=_GREY,
             )
     axes.set_title(f"{directory.resolve().name}: loss", loc="left", fontweight="bold")
-    axes.set(xlabel="step", ylabel="nats per token", xlim=(0, None))
+    axes.set(xlabel="step", ylabel="nats" if accuracy else "nats per token", xlim=(0, None))
     axes.legend(frameon=False, loc="upper right")
-    axes.grid(axis="y", color="#e6e6e6")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    if accuracy:
+        _draw_accuracy(figure.add_subplot(1, 2, 2), np.array(accuracy))
+    for each in figure.axes:
+        each.grid(axis="y", color="#e6e6e6")
+        each.set_axisbelow(True)
+        each.spines[["top", "right"]].set_visible(False)
     figure.savefig(directory / IMAGE)
+
+
+def _draw_accuracy(axes: Axes, points: np.ndarray) -> None:
+    """How often what is preferred has the higher value, beside chance."""
+    axes.plot(*points.T, color=_HELD_OUT, linewidth=2, marker="o", markersize=4, label="held out")
+    axes.axhline(0.5, color=_GREY, linewidth=1, linestyle=(0, (5, 4)))
+    axes.set_title("accuracy", loc="left", fontweight="bold")
+    axes.set(xlabel="step", xlim=(0, None), ylim=(0, 1.02))
 
 
 def _averaged(points: np.ndarray) -> np.ndarray:

@@ -73,12 +73,22 @@ class Record:
         )
 
     def held_out(
-        self, step: int, *, loss: float, bits_per_byte: float | None, parts: Mapping[str, float] | None = None
+        self,
+        step: int,
+        *,
+        loss: float,
+        bits_per_byte: float | None,
+        parts: Mapping[str, float] | None = None,
+        **others: float,
     ) -> None:
-        """Adds the row of an evaluation after `step` steps: nats per token, also of each part, and bits per byte."""
+        """Adds the row of an evaluation after `step` steps: nats per token, also of each part, and bits per byte.
+
+        `others` are what else the objective measures.
+        """
         bits = {} if bits_per_byte is None else {"bits_per_byte": bits_per_byte}
         each = {f"held_out_loss_{name}": value for name, value in (parts or {}).items()}
-        self._add("held_out", {"step": step, "held_out_loss": loss, **each, **bits})
+        more = {f"held_out_{name}": value for name, value in others.items()}
+        self._add("held_out", {"step": step, "held_out_loss": loss, **each, **bits, **more})
 
     def checkpoint_failed(self, step: int, times: int) -> None:
         """Adds a row saying that `times` saves in a row have failed, the last one noticed at `step`."""

@@ -25,7 +25,8 @@ from train import directory as run_directory
 from train import frozen as kept
 from train.adapter import NOTHING, Frozen
 from train.config import Pretrained, TrainConfig
-from train.data import Conversations, Corpus, Rows, prepare
+from train.data import Corpus, Rows, prepare
+from train.data.config import Chats
 from train.data.mixture import MixedRows
 from train.evaluation import HeldOut
 from train.export import EXPORT, export
@@ -156,7 +157,7 @@ def train_stage(
         # Mesh
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
         stack.enter_context(jax.set_mesh(mesh))
-        objective, optimizer, train_step = configured(config)
+        _, optimizer, train_step = configured(config)
         join = adapter.join(config.adapter)
 
         # State
@@ -164,7 +165,7 @@ def train_stage(
         state, frozen, base = begin(config, optimizer, checkpoint, shared, unroll=unroll)
         start = int(state.step)
 
-        held_out = HeldOut(config, objective, corpus) if any(len(part.held_out) for part in corpus.parts) else None
+        held_out = HeldOut(config, corpus, frozen) if any(len(part.held_out) for part in corpus.parts) else None
         saver = Saver(
             checkpoints,
             record,
@@ -206,6 +207,8 @@ def train_stage(
                     measures = held_out.measures(losses)
                     record.held_out(step, **measures)
                     each = "".join(f", {name} {loss:.3f}" for name, loss in losses.items()) if len(losses) > 1 else ""
+                    if "accuracy" in measures:
+                        each += f", accuracy {measures['accuracy']:.1%}"
                     report.line(f"step {step}: held-out loss {measures['loss']:.3f}{each}")
                     if best and best.improves(measures["loss"]):
                         if not saving:
@@ -240,6 +243,7 @@ def train_stage(
             export(config.export, checkpoints.folder(chosen), directory / EXPORT, report)
         if first_host and finished:
             how = "chat {}" if "chat" in fingerprint(corpus) else 'generate {} --prompt "def "'
+            how = "score {} --input FILE.jsonl" if config.model_config.score else how
             print(
                 f"try  python -m infer {how.format(f'{config.run_dir}/{EXPORT}' if config.export else config.run_dir)}"
             )
@@ -270,7 +274,7 @@ def begin(
             assert frozen.base is not None
             state = adapted_state(config, config.adapter, frozen.base, optimizer, unroll=unroll)
         else:
-            state = pretrained_state(source, optimizer, unroll=unroll)
+            state = pretrained_state(config, source, optimizer, unroll=unroll)
     return state, kept.without_trained(config, frozen), base
 
 
@@ -310,7 +314,7 @@ def fingerprint(corpus: Corpus) -> dict[str, Any]:
     """
     tokens = {part.part.name: len(part.train) for part in corpus.parts}
     known = {"tokenizer": corpus.tokenizer.fingerprint, "train_tokens": tokens.get("all", tokens)}
-    return known | ({"chat": True} if all(isinstance(part.part.source, Conversations) for part in corpus.parts) else {})
+    return known | ({"chat": True} if all(isinstance(part.part.source, Chats) for part in corpus.parts) else {})
 
 
 def check_corpus(corpus: Corpus, config: TrainConfig, checkpoint: Checkpoint | None) -> None:

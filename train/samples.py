@@ -16,8 +16,10 @@ from qwen_jax.engine import Capacity, Completion, Request, Sampling, generate
 from qwen_jax.errors import FileError
 from qwen_jax.model import Params
 from qwen_jax.weights.usage import turn_ends
+from train.adapter import Frozen
 from train.config import TrainConfig
-from train.data import Conversations, Corpus, TokenShards
+from train.data import Corpus, TokenShards
+from train.data.config import Chats
 from train.sampling import Follower
 
 SAMPLES = "samples.jsonl"
@@ -77,7 +79,7 @@ class Samples:
         kept = [line for line in _lines(self._path) if json.loads(line)["step"] < step]
         _write(self._path, "".join(kept), "w")
 
-    def answer(self, step: int, params: Params, frozen: Params | None) -> None:
+    def answer(self, step: int, params: Params, frozen: Frozen) -> None:
         """Has every prompt answered with these weights, the likeliest token each time, and writes it down."""
         if not self._prompts:
             return
@@ -114,7 +116,7 @@ def _prompts(config: TrainConfig, corpus: Corpus, limit: int) -> Iterator[Prompt
     parts = [part for part in corpus.parts if len(part.held_out)]
     room = min(config.data.sequence_length, config.model_config.max_position - limit)
     for number, part in enumerate(parts):
-        chat = isinstance(part.part.source, Conversations)
+        chat = isinstance(part.part.source, Chats)
         ends = frozenset({corpus.tokenizer.end_of_text}) | (turn_ends(corpus.tokenizer) if chat else frozenset())
         count = len(range(number, config.evaluation.samples, len(parts)))
         (newline,) = corpus.tokenizer.encode("\n")
@@ -137,9 +139,9 @@ def _cut(shards: TokenShards, document: int, *, limit: int, newline: int) -> tup
     runs = [list(run) for trained, run in groupby(range(len(ids)), flags.__getitem__) if trained]
     if not runs:
         return [], []
-    first, last = runs[-1][0], runs[-1][-1]
+    run = runs[-1] if shards.num_labels is None else runs[0]  # of texts that are compared the first, which is good
     # Some formats train the newline after the name of who speaks, which a prompt has.
-    first += ids[first] == newline and last > first
+    first, last = run[0] + (ids[run[0]] == newline and len(run) > 1), run[-1]
     return ids[:first], ids[first : last + 1]
 
 

@@ -17,7 +17,7 @@ from qwen_jax.errors import ConfigError
 from qwen_jax.model import Params, unstack_layers
 from qwen_jax.ops.lora import Adapted, merged
 from qwen_jax.ops.quantized import Quantized
-from train.adapter import join
+from train.adapter import NOTHING, Frozen, join
 from train.config import LoRA
 
 
@@ -56,15 +56,15 @@ class Follower:
         self._engine: Engine | None = None
 
     @contextlib.contextmanager
-    def at(self, params: Params, frozen: Params | None = None) -> Iterator[Engine]:
+    def at(self, params: Params, frozen: Frozen = NOTHING) -> Iterator[Engine]:
         """The engine with these weights; what is asked of it must be done, or cancelled, when this ends.
 
         Args:
           params: that are trained, on the mesh; their layers stacked or one by one. They stay.
-          frozen: those beside an adapter.
+          frozen: what is beside them.
         """
         with jax.set_mesh(self._trained_on):
-            ready = self._ready(params, frozen)
+            ready = self._ready(params, Frozen(base=frozen.base))
         here = lambda x: jax.device_put(x, jax.NamedSharding(self._mesh, jax.typeof(x).sharding.spec))
         ready = jax.tree.map(here, ready)
         if self._engine is None:
@@ -90,7 +90,7 @@ def _without_context(mesh: Mesh) -> Mesh:
     return Mesh(grid.reshape(data * context, fsdp, 1, expert, tensor), mesh.axis_names, axis_types=mesh.axis_types)
 
 
-def _prepare(config: ModelConfig, adapter: LoRA | None) -> Callable[[Params, Params | None], Params]:
+def _prepare(config: ModelConfig, adapter: LoRA | None) -> Callable[[Params, Frozen], Params]:
     """Of what is trained and what is not, the parameters that an engine takes; nothing given is used up."""
     joined, dtype = join(adapter), jnp.dtype(config.dtype)
     whole = lambda w: isinstance(w, Adapted | Quantized)
@@ -100,7 +100,7 @@ def _prepare(config: ModelConfig, adapter: LoRA | None) -> Callable[[Params, Par
             return merged(w.w, w.a, w.b, w.scale)
         return w.astype(dtype) if isinstance(w, jax.Array) else w
 
-    def prepare(params: Params, frozen: Params | None) -> Params:
+    def prepare(params: Params, frozen: Frozen) -> Params:
         tree = jax.tree.map(ready, joined(params, frozen, None), is_leaf=whole)
         return unstack_layers(tree) if "layers" in tree else tree
 

@@ -25,7 +25,7 @@ from train import adapter as adapters
 from train import objectives, optim
 from train.adapter import NOTHING, Frozen, Join
 from train.config import LoRA, TrainConfig
-from train.objectives import Batch, Objective
+from train.objectives import Batch, Objective, Refer
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[..., tuple["State", Metrics]]  # of the state, a batch, and maybe what is frozen
@@ -55,8 +55,12 @@ def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, 
     return State(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
 
 
-def pretrained_state(source: Model, optimizer: optax.GradientTransformation, *, unroll: bool) -> State:
+def pretrained_state(
+    config: TrainConfig, source: Model, optimizer: optax.GradientTransformation, *, unroll: bool
+) -> State:
     """The state before the first step of a run that begins with the weights of a model, under the current mesh.
+
+    A reward model that begins with a language model has a fresh score in the place of its output head.
 
     Raises ModelError for weights that are quantised.
     """
@@ -66,6 +70,9 @@ def pretrained_state(source: Model, optimizer: optax.GradientTransformation, *, 
             "adapter = @LoRA, or write them unquantised: python -m qwen_jax.weights.convert SRC DST --dtype bfloat16"
         )
     params = load_params(source, dtype="float32", stacked=True)
+    if config.model_config.score and not source.config.score:
+        score = jax.jit(lambda: model.init(config.model_config, jax.random.key(config.seed))["score"])()
+        params = {name: node for name, node in params.items() if name != "head"} | {"score": score}
     if unroll:
         params = jax.jit(model.unstack_layers)(params)
     return State(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
@@ -130,6 +137,7 @@ def configured(
         optimizer,
         learning_rate,
         join=adapters.join(config.adapter),
+        refer=objectives.refer(config),
         seed=config.seed if objectives.is_random(config) else None,
     )
     return objective, optimizer, step
@@ -141,6 +149,7 @@ def make_train_step(
     learning_rate: Callable[[jax.Array], jax.Array],
     *,
     join: Join | None = None,
+    refer: Refer | None = None,
     seed: int | None = None,
 ) -> TrainStep:
     """The compiled step: (state, batch) to the next state and float32 scalars. The given state is used up.
@@ -155,11 +164,11 @@ def make_train_step(
     `learning_rate` and `weight` (tokens that count); all of the loss at the parameters before the step.
     """
 
-    join = join or adapters.join(None)
+    join, refer = join or adapters.join(None), refer or (lambda frozen, batch: batch)
 
     def train_step(state: State, batch: Batch, frozen: Frozen = NOTHING) -> tuple[State, Metrics]:
         def loss(params: model.Params, micro: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return objective(join(params, frozen, micro.get("key")), micro)
+            return objective(join(params, frozen, micro.get("key")), refer(frozen, micro))
 
         if seed is not None:
             key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -181,12 +190,12 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(objective: Objective) -> Callable[[model.Params, Batch], tuple[jax.Array, jax.Array]]:
-    """The compiled evaluation of a batch shaped as in training: sum of the loss, and sum of the weights."""
+def make_eval_step(objective: Objective, refer: Refer) -> Callable[[model.Params, Batch, Frozen], Metrics]:
+    """The compiled evaluation of a batch shaped as in training: the sums of the objective."""
 
-    def eval_step(params: model.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        _, sums = _accumulate(objective, params, batch)
-        return sums["loss"], sums["weight"]
+    def eval_step(params: model.Params, batch: Batch, frozen: Frozen) -> Metrics:
+        _, sums = _accumulate(lambda params, micro: objective(params, refer(frozen, micro)), params, batch)
+        return sums
 
     return jax.jit(eval_step)
 

@@ -11,7 +11,7 @@ from qwen_jax.text.chat import FORMATS
 from qwen_jax.text.chat_template import template_of
 from train.config import Pretrained, TrainConfig
 from train.data import Corpus, Rows, TokenShards
-from train.data.config import Conversations, Data, Part
+from train.data.config import Chats, Conversations, Data, Part, Preferences
 from train.data.conversations import ChatFormat
 from train.data.mixture import MixedRows, Schedule
 from train.data.rows import BestFit, Layout, Windows, stream_seed
@@ -48,7 +48,7 @@ def chat_format(config: TrainConfig, *, warn: Callable[[str], None]) -> ChatForm
 
     None where there are no conversations. Raises ConfigError where nothing says which, or several do.
     """
-    chats = [part.source for part in config.data.parts if isinstance(part.source, Conversations)]
+    chats = [part.source for part in config.data.parts if isinstance(part.source, Chats)]
     names = {chat.format for chat in chats}
     if len(names) > 1:
         raise ConfigError(
@@ -100,7 +100,9 @@ def layout(shards: TokenShards, part: Part, data: Data, *, seed: int) -> Layout:
     """How the tokens of a part become rows."""
     if data.packing_of(part) == "windows":
         return Windows(shards, data.sequence_length)
-    too_long = part.source.too_long if isinstance(part.source, Conversations) else "split"
+    # Half of a comparison is none.
+    too_long = "drop" if isinstance(part.source, Preferences) else "split"
+    too_long = part.source.too_long if isinstance(part.source, Conversations) else too_long
     return BestFit(shards, data.sequence_length, seed=seed, too_long=too_long)
 
 

@@ -64,9 +64,11 @@ def _endings(model: Model, files: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     last, end, ids = END_OF_TEXT, tokenizer.end_of_text, [tokenizer.end_of_text]
     if model.chat:
         last, ids = END_OF_TURN, [tokenizer.control[END_OF_TURN], end]
+    # Which transformers leaves out where it looks for the last token of a text that is scored.
+    padding = {"pad_token_id": end} if model.config.score else {}
     about = {"clean_up_tokenization_spaces": False, "model_max_length": model.config.max_position}
     return {
-        "config.json": {**files["config.json"], "eos_token_id": ids[0]},
+        "config.json": {**files["config.json"], "eos_token_id": ids[0], **padding},
         "generation_config.json": {"pad_token_id": end, **files.get("generation_config.json", {}), "eos_token_id": ids},
         "tokenizer_config.json": {
             **files.get("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **about}),

@@ -31,7 +31,8 @@ def parameters(config, lora, *, seed):
     random = np.random.default_rng(seed)
     split = lambda x: jax.NamedSharding(jax.sharding.get_mesh(), x.sharding.spec)
     draw = lambda x: jax.device_put(random.normal(0, 0.4, x.shape).astype(x.dtype), split(x))
-    return jax.tree.map(draw, adapter.abstract(config, lora))
+    params, base = jax.tree.map(draw, adapter.abstract(config, lora))
+    return params, adapter.Frozen(base=base)
 
 
 def test_it_answers_as_the_weights_do_and_leaves_them(config, monkeypatch):

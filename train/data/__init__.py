@@ -8,7 +8,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from train.data.config import Conversations, Data, Mixture, Part, PythonStdlib, Text, TokenizerFile, TrainBPE
+from train.data.config import (
+    Conversations,
+    Data,
+    Mixture,
+    Part,
+    Preferences,
+    PythonStdlib,
+    Text,
+    TokenizerFile,
+    TrainBPE,
+)
 
 if TYPE_CHECKING:
     from train.data.entropy import ngram_entropy
@@ -30,6 +40,7 @@ __all__ = [
     "Data",
     "Mixture",
     "Part",
+    "Preferences",
     "PythonStdlib",
     "Text",
     "TokenizerFile",

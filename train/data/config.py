@@ -104,7 +104,38 @@ class Conversations:
             raise ConfigError(f"columns={self.columns} has an empty name; leave it out")
 
 
-Source = Text | PythonStdlib | Conversations
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preferences:
+    """Completions that are preferred to others, or solutions whose steps are judged, for reward models and DPO.
+
+    The texts of a row stay together in a row of a batch; one that does not hold them all is left out.
+
+    Attributes:
+      path, pattern, columns, format, system: as in Conversations. Rows are `chosen` and `rejected` (with `prompt`, or
+        as two whole texts or conversations), or `prompt`, `completions` and `labels`: see docs/data.md.
+      kind: what `completions` are: of several, or the steps of one solution.
+      step_end: what is written after each step; its last token is where the step is judged.
+    """
+
+    path: str
+    pattern: str = ""
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    format: ChatFormat | None = None
+    system: str | None = None
+    kind: Literal["completions", "steps"] = "completions"
+    step_end: str = "\n\n"
+
+    def __post_init__(self) -> None:
+        _check_path(self.path, self.pattern)
+        if "" in (*self.columns, *self.columns.values()):
+            raise ConfigError(f"columns={self.columns} has an empty name; leave it out")
+        if not self.step_end:
+            raise ConfigError('step_end="" leaves no token to judge a step at; name one, such as "\\n\\n"')
+
+
+Chats = Conversations | Preferences
+MOST_COMPLETIONS = 32  # of a prompt, as each is compared with those after it
+Source = Text | PythonStdlib | Chats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,7 +227,7 @@ class Data:
       shorter_lengths: those lengths.
       packing: "windows" are rows of the text as its documents follow each other; "best_fit" puts whole documents into
         rows, nearly without padding, and cuts those that are longer than a row. "auto" takes windows for text and
-        best_fit for conversations, which cannot have windows.
+        best_fit for conversations and preferences, which cannot have windows.
       held_out: fraction of the documents kept for evaluation. The content of a document decides its side, so
         copies never fall on both. 0 for none.
       tokens: folder of token shards, used as it is where one exists, made there otherwise; empty for one
@@ -234,7 +265,7 @@ class Data:
         self._check_packing()
 
     def _check_packing(self) -> None:
-        chats = [part for part in self.parts if isinstance(part.source, Conversations)]
+        chats = [part for part in self.parts if isinstance(part.source, Chats)]
         if chats and self.packing == "windows":
             raise ConfigError('packing="windows" would cut conversations anywhere; leave it out, or say "best_fit"')
         if self.full_length < 1 and any(self.packing_of(part) == "best_fit" for part in self.parts):
@@ -256,7 +287,7 @@ class Data:
     def packing_of(self, part: Part) -> Literal["windows", "best_fit"]:
         """How the rows of a part are made."""
         if self.packing == "auto":
-            return "best_fit" if isinstance(part.source, Conversations) else "windows"
+            return "best_fit" if isinstance(part.source, Chats) else "windows"
         return self.packing
 
 

@@ -29,6 +29,8 @@ _ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
+Message = dict[str, Any]
+
 _MARKS = re.compile(r"(<\|im_start\|>|<\|im_end\|>\n?)")
 
 
@@ -49,7 +51,7 @@ def documents(
     files: Sequence[SourceFile], source: Conversations, form: Format | JinjaFormat, tally: Tally
 ) -> Iterator[Document]:
     """The conversations of `files`. One that cannot be written, or has nothing to train, is unreadable to `tally`."""
-    form = _training_format(form, source)
+    form = training_format(form, learn=source.learn)
     for origin, row in sources.rows(files, tally):
         try:
             document = _document(origin, row, source, form)
@@ -62,7 +64,7 @@ def documents(
     tally.check()
 
 
-def _training_format(form: Format | JinjaFormat, source: Conversations) -> Format | JinjaFormat:
+def training_format(form: Format | JinjaFormat, *, learn: str) -> Format | JinjaFormat:
     """The format as training has it: every message is closed, and Qwen1 does not learn the newline of a header."""
     if isinstance(form, JinjaFormat):
         if not form.marks_answers:
@@ -71,7 +73,7 @@ def _training_format(form: Format | JinjaFormat, source: Conversations) -> Forma
                 "mark it there with {% generation %}"
             )
         return form
-    return replace(form, open_end=False, header_newline=form.header_newline and source.learn != "qwen1")
+    return replace(form, open_end=False, header_newline=form.header_newline and learn != "qwen1")
 
 
 def _document(origin: str, row: Mapping[str, Any], source: Conversations, form: Format | JinjaFormat) -> Document:
@@ -88,8 +90,8 @@ def _document(origin: str, row: Mapping[str, Any], source: Conversations, form: 
     if source.system is not None and roles[0] != "system":
         messages = [{"role": "system", "content": source.system}, *messages]
     if source.learn == "last_answer":
-        messages = [_untrained(message) for message in messages[:-1]] + messages[-1:]
-    pieces = form.render(messages, tools=_tools(row.get("tools")))
+        messages = [untrained(message) for message in messages[:-1]] + messages[-1:]
+    pieces = form.render(messages, tools=tools_of(row.get("tools")))
     if not any(piece.trained and piece.text for piece in pieces):
         raise DataError("no message of the assistant is trained; leave the conversation out")
     if source.learn == "qwen1":
@@ -100,15 +102,15 @@ def _document(origin: str, row: Mapping[str, Any], source: Conversations, form: 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages of a row in any of its forms, as `text.messages` reads them."""
     if "messages" in row:
-        messages = _list(row["messages"], "messages")
+        messages = as_list(row["messages"], "messages")
     elif "conversations" in row:
-        turns = _list(row["conversations"], "conversations")
-        messages = [_turn(turn, f"conversations[{index}]") for index, turn in enumerate(turns)]
+        turns = as_list(row["conversations"], "conversations")
+        messages = [read_turn(turn, f"conversations[{index}]") for index, turn in enumerate(turns)]
     elif "instruction" in row and "output" in row:
         messages = _alpaca(row)
     elif "prompt" in row and "completion" in row:
-        prompt, completion = (_list(row[name], name) for name in ("prompt", "completion"))
-        messages = [*map(_untrained, prompt), *completion]
+        prompt, completion = (as_list(row[name], name) for name in ("prompt", "completion"))
+        messages = [*map(untrained, prompt), *completion]
     else:
         raise DataError(
             f"its keys are {sorted(row)[:6]}; want messages, conversations, instruction and output, or prompt and "
@@ -120,13 +122,13 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return messages
 
 
-def _list(value: Any, name: str) -> list[dict[str, Any]]:
+def as_list(value: Any, name: str) -> list[dict[str, Any]]:
     if not (isinstance(value, list) and value and all(isinstance(each, dict) for each in value)):
         raise DataError(f"{name} is {value!r:.40}; want a list of at least one message")
     return value
 
 
-def _turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+def read_turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A message of ShareGPT. Its flags stay."""
     said, value = turn.get("from"), turn.get("value")
     role = _ROLES.get(said) if isinstance(said, str) else None
@@ -162,7 +164,7 @@ def _alpaca(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _tools(tools: Any) -> list[Any] | None:
+def tools_of(tools: Any) -> list[Any] | None:
     """Tools as OpenAI writes them, also where they are text of JSON, or functions alone."""
     if isinstance(tools, str) and tools.strip():
         try:
@@ -177,7 +179,7 @@ def _tools(tools: Any) -> list[Any] | None:
     return [{"type": "function", "function": tool} if bare(tool) else tool for tool in tools]
 
 
-def _untrained(message: dict[str, Any]) -> dict[str, Any]:
+def untrained(message: dict[str, Any]) -> dict[str, Any]:
     return message | {"train": False} if message.get("role") == "assistant" else message
 
 

@@ -2,7 +2,8 @@
 
 A folder has, per split, `{split}-00000.bin` (ids, little-endian uint16 or uint32) and beside it
 `{split}-00000.documents.bin` (where each document of that shard ends, little-endian int64) and, where not every token
-is trained, `{split}-00000.trained.bin` (a byte for each token, 1 where it is), then `tokenizer.json` and
+is trained, `{split}-00000.trained.bin` (a byte of marks for each token: 1 where it is, and where something is judged
+2 for bad or 4 for good), then `tokenizer.json` and
 `manifest.json`. Each document ends with end_of_text and lies in one shard.
 """
 
@@ -61,13 +62,15 @@ class Shard:
 class Split:
     """The shards of one split in order; `characters` and UTF-8 `bytes` of the text they came from.
 
-    `trained` is the number of tokens that are trained, None where all are.
+    `trained` is the number of tokens that are trained, None where all are; `judged` that of labels, None where there
+    are none.
     """
 
     shards: tuple[Shard, ...]
     characters: int
     bytes: int
     trained: int | None = None
+    judged: int | None = None
 
     @property
     def tokens(self) -> int:

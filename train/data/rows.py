@@ -14,6 +14,7 @@ from train.data.packing import best_fit
 from train.data.shards import TokenShards
 
 Batch = dict[str, np.ndarray]
+BAD, GOOD = 1, 2  # of what is judged
 
 
 class Layout(Protocol):
@@ -140,6 +141,9 @@ class Rows:
         Returns int32 arrays [b, T] `tokens`, `targets` (the next token), `positions` (from 0 in each document, and at
         the row's start) and `segments` (1, 2, … per document, 0 for padding), and float32 `weights`: 1 where the target
         is of the same document and trained, else 0. A token id the tokenizer does not have is a DataError.
+
+        Of judged texts also int32 `labels`, 1 for bad and 2 for good where something is judged, else 0, and `groups`,
+        1, 2, … for those that are compared with each other: each has a segment of its own.
         """
         step -= self._first_step
         if step < 0 or (not self._shuffle and step >= self.num_batches):
@@ -159,7 +163,10 @@ class Rows:
                 "the shards are of another tokenizer or damaged: delete them to make them again"
             )
         pieces = np.array([[self._piece(index)] for index in indices], np.int32).reshape(-1, 1)
-        return window.labelled(self._shards.end_of_text, pieces)
+        batch = window.labelled(self._shards.end_of_text, pieces)
+        if self._shards.num_labels is not None:
+            batch |= {"labels": window.labels, "groups": window.groups}
+        return batch
 
     @property
     def trained_fraction(self) -> float:
@@ -207,19 +214,22 @@ class _Window:
     trained: np.ndarray
     starts: np.ndarray
     real: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray
 
     @classmethod
     def empty(cls, rows: int, length: int, dtype: np.dtype) -> _Window:
-        return cls(*(np.zeros((rows, length), kind) for kind in (dtype, dtype, bool, bool, bool)))
+        return cls(*(np.zeros((rows, length), kind) for kind in (dtype, dtype, bool, bool, bool, np.int32, np.int32)))
 
     def fill(self, row: int, shards: TokenShards, spans: list[tuple[int, int]]) -> None:
         column = 0
-        for start, count in spans:
+        for number, (start, count) in enumerate(spans, 1):
             here, ids = slice(column, column + count), shards.tokens(start, start + count + 1)
             self.tokens[row, here], self.targets[row, here] = ids[:-1], ids[1:]
             self.trained[row, here] = shards.trained(start + 1, start + count + 1)
             self.starts[row, column] = column > 0
             self.real[row, here] = True
+            self.labels[row, here], self.groups[row, here] = shards.labels(start, start + count), number
             column += count
 
     def labelled(self, end_of_text: int, pieces: np.ndarray) -> Batch:

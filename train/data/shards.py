@@ -5,12 +5,14 @@ from __future__ import annotations
 import bisect
 import hashlib
 from array import array
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
 from qwen_jax.errors import DataError, FileError
+from train.data.documents import IS_BAD, IS_GOOD, TRAINED
 from train.data.manifest import Manifest, Shard, Split, to_disk
 
 MAX_SHARD_TOKENS = 2**28
@@ -22,26 +24,29 @@ class ShardWriter:
     A context manager: what was not finished when it ends is abandoned.
     """
 
-    def __init__(self, folder: Path, split: str, *, dtype: str, end_of_text: int, masked: bool = False) -> None:
-        """A split in `folder`; `masked` if documents may say which of their tokens are trained."""
-        self._folder, self._split, self._masked = folder, split, masked
+    def __init__(
+        self, folder: Path, split: str, *, dtype: str, end_of_text: int, masked: bool = False, judged: bool = False
+    ) -> None:
+        """A split in `folder`; `masked` if documents may mark their tokens, `judged` if some are marked as labels."""
+        self._folder, self._split, self._masked, self._judged = folder, split, masked, judged
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._end_of_text = end_of_text
         self._shards: list[Shard] = []
         self._open: _OpenShard | None = None
-        self._characters = self._bytes = self._trained = 0
+        self._characters = self._bytes = self._trained = self._labels = 0
 
-    def add(self, ids: list[int], text: str, trained: list[bool] | None = None) -> None:
-        """Appends one document: `ids`, the tokens of `text`, and end_of_text, with the flags of all; None for all."""
+    def add(self, ids: list[int], text: str, marks: Sequence[int] | None = None) -> None:
+        """Appends one document: `ids`, the tokens of `text`, and end_of_text, with marks of all; None: all trained."""
         tokens = np.array([*ids, self._end_of_text], self._dtype)
-        flags = np.ones(len(tokens), bool) if trained is None else np.array(trained, bool)
+        flags = np.full(len(tokens), TRAINED, np.uint8) if marks is None else np.array(marks, np.uint8)
         if self._open and self._open.tokens + len(tokens) > MAX_SHARD_TOKENS:
             self._shards.append(self._open.finish())
             self._open = None
         if self._open is None:
             self._open = _OpenShard(self._folder, f"{self._split}-{len(self._shards):05}.bin", self._masked)
         self._open.add(tokens, flags)
-        self._trained += int(flags.sum())
+        self._trained += int(np.sum(flags & TRAINED))
+        self._labels += int(np.sum(flags & (IS_BAD | IS_GOOD) > 0))
         self._characters += len(text)
         self._bytes += len(text.encode())
 
@@ -50,8 +55,13 @@ class ShardWriter:
         if self._open:
             self._shards.append(self._open.finish())
             self._open = None
-        trained = self._trained if self._masked else None
-        return Split(shards=tuple(self._shards), characters=self._characters, bytes=self._bytes, trained=trained)
+        return Split(
+            shards=tuple(self._shards),
+            characters=self._characters,
+            bytes=self._bytes,
+            trained=self._trained if self._masked else None,
+            judged=self._labels if self._judged else None,
+        )
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -113,20 +123,21 @@ class TokenShards:
       end_of_text: the id that ends each document.
       num_characters, num_bytes: of the text the tokens stand for, end_of_text not counted.
       num_trained: tokens that are trained; None where all are.
+      num_labels: tokens that something is judged at; None where nothing is.
     """
 
     def __init__(self, folder: Path, split: str, manifest: Manifest) -> None:
         """The split of a folder whose `manifest` was read, and verified where that matters."""
         record = manifest.splits[split]
         self.path = folder / split
-        self.num_documents, self.num_trained = record.documents, record.trained
+        self.num_documents, self.num_trained, self.num_labels = record.documents, record.trained, record.judged
         self.vocab_size, self.end_of_text = manifest.vocab_size, manifest.end_of_text
         self.num_characters, self.num_bytes = record.characters, record.bytes
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._tokens = [_map(folder / shard.name, self.dtype, shard.tokens) for shard in record.shards]
         self._ends = [_map(folder / s.documents_name, np.dtype("<i8"), s.documents) for s in record.shards]
         masks = record.shards if record.trained is not None else ()
-        self._trained = [_map(folder / shard.trained_name, np.dtype(bool), shard.tokens) for shard in masks]
+        self._marks = [_map(folder / shard.trained_name, np.dtype(np.uint8), shard.tokens) for shard in masks]
         self._first_token = list(accumulate((len(tokens) for tokens in self._tokens), initial=0))
         self._first_document = list(accumulate((len(ends) for ends in self._ends), initial=0))
 
@@ -142,7 +153,15 @@ class TokenShards:
         """Whether each of the tokens start..stop-1 is trained, bool [stop - start]."""
         if self.num_trained is None:
             return np.ones(stop - start, bool)
-        return self._read(self._trained, np.dtype(bool), start, stop)
+        return self._read(self._marks, np.dtype(np.uint8), start, stop) & TRAINED > 0
+
+    def labels(self, start: int, stop: int) -> np.ndarray:
+        """What is judged at each of the tokens start..stop-1, int32 [stop - start]: 1 for bad, 2 for good, else 0."""
+        if self.num_labels is None:
+            return np.zeros(stop - start, np.int32)
+        return (self._read(self._marks, np.dtype(np.uint8), start, stop) & (IS_BAD | IS_GOOD)).astype(
+            np.int32
+        ) // IS_BAD
 
     def ends(self) -> np.ndarray:
         """Where each document ends in the split, int64 [num_documents]."""

@@ -16,7 +16,7 @@ from qwen_jax.text import Tokenizer
 from train.command import ConfigParser, resolve
 from train.config import TrainConfig
 from train.data import prepare
-from train.data.rows import Batch
+from train.data.rows import GOOD, Batch
 from train.progress import Report
 from train.stream import Stream, chat_format, check_parts, count_steps, facts, stream
 
@@ -83,6 +83,7 @@ def _document(row: Batch, segment: int, tokenizer: Tokenizer, paint: _Paint) -> 
     weights, positions = row["weights"][columns], row["positions"][columns]
     yield paint.dim(
         f"── {segment}: positions {positions[0]} to {positions[-1]}, {int(weights.sum()):,} targets trained"
+        + (_judged(row, columns) if "labels" in row else "")
     )
     ids = [int(row["tokens"][columns[0]]), *row["targets"][columns].tolist()]
     flags = [False, *(weights > 0).tolist()]
@@ -92,6 +93,13 @@ def _document(row: Batch, segment: int, tokenizer: Tokenizer, paint: _Paint) -> 
     for trained, run in groupby(zip(flags, ids, strict=True), key=lambda pair: pair[0]):
         text += paint.text(tokenizer.decode((token for _, token in run), skip_special=False), trained)
     yield from (f"   {line}" for line in text.split("\n"))
+
+
+def _judged(row: Batch, columns: np.ndarray) -> str:
+    """What is said of a text: whether it is good, or how many of its steps are."""
+    labels, group = row["labels"][columns], int(row["groups"][columns[0]])
+    good, steps = int((labels == GOOD).sum()), int((labels > 0).sum())
+    return f", of prompt {group}: " + (f"{good} of {steps} steps good" if steps > 1 else "good" if good else "bad")
 
 
 class _Paint:

@@ -15,8 +15,8 @@ from typing import Any
 from qwen_jax.errors import ConfigError, DataError, FileError
 from qwen_jax.text import Tokenizer, train_bpe
 from qwen_jax.text.tools import CALL_TAGS, THOUGHT_TAGS
-from train.data import code, conversations, manifest, sources
-from train.data.config import Conversations, Data, Part, PythonStdlib, Source, Text, TokenizerFile
+from train.data import code, conversations, manifest, preferences, sources
+from train.data.config import Chats, Data, Part, Preferences, PythonStdlib, Source, Text, TokenizerFile
 from train.data.conversations import ChatFormat
 from train.data.documents import Document, encode
 from train.data.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, Split, to_disk
@@ -53,8 +53,10 @@ class Reading:
 
     def documents(self, source: Source, files: Sequence[SourceFile], tally: Tally) -> Iterator[Document]:
         """The documents of a source."""
-        if isinstance(source, Conversations):
+        if isinstance(source, Chats):
             assert self.chat is not None, "a run with conversations has a format for them"
+            if isinstance(source, Preferences):
+                return preferences.documents(files, source, self.chat.form, tally)
             return conversations.documents(files, source, self.chat.form, tally)
         field = "" if isinstance(source, PythonStdlib) else source.field
         texts = sources.documents(files, field=field, tally=tally)
@@ -81,7 +83,7 @@ class Reading:
         """What else makes tokens of the same files, as JSON."""
         fields = dataclasses.asdict(source).items()
         options = {"source": type(source).__name__} | {name: value for name, value in fields if name not in NOT_OPTIONS}
-        if isinstance(source, Conversations) and self.chat:
+        if isinstance(source, Chats) and self.chat:
             options["format"] = self.chat.name
         return {name: json.dumps(value) for name, value in options.items()}
 
@@ -147,7 +149,7 @@ def check_tokens(source: Source, reading: Reading, tokenizer: Tokenizer) -> None
             f"the tokenizer has no token {missing[0]}, which data.source writes; take one that has it, or with "
             f"@TrainBPE set data.tokenizer.extra_tokens = {needed}"
         )
-    if isinstance(source, Conversations) and reading.chat:
+    if isinstance(source, Chats) and reading.chat:
         form = reading.chat.form
         tags = (*(CALL_TAGS if form.tools else ()), *(THOUGHT_TAGS if form.thinks else ()))
         if spelled := [tag for tag in tags if tag not in tokenizer.control]:
@@ -160,14 +162,19 @@ def _write_shards(
     """The splits, written; a DataError if one that should hold documents has none."""
     tally, held_out_fraction = reading.tally(part.source), reading.config.held_out
     documents = reading.documents(part.source, files, tally)
-    how = dict(dtype=dtype, end_of_text=tokenizer.end_of_text, masked=isinstance(part.source, Conversations))
+    how = dict(
+        dtype=dtype,
+        end_of_text=tokenizer.end_of_text,
+        masked=isinstance(part.source, Chats),
+        judged=isinstance(part.source, Preferences),
+    )
     reported = time.monotonic()
     with contextlib.ExitStack() as stack:
         writers = {split: stack.enter_context(ShardWriter(folder, split, **how)) for split in SPLITS}
         for batch in _batches(documents):
-            for document, (ids, trained) in zip(batch, encode(tokenizer, batch), strict=True):
-                split = "held_out" if _share(document.text) < held_out_fraction else "train"
-                writers[split].add(ids, document.text, trained)
+            for document, (ids, marks) in zip(batch, encode(tokenizer, batch), strict=True):
+                split = "held_out" if _share(document.decides) < held_out_fraction else "train"
+                writers[split].add(ids, document.text, marks)
             if time.monotonic() - reported > REPORT_SECONDS:
                 reading.report(f"tokens: {tally.documents:,} documents so far")
                 reported = time.monotonic()
@@ -189,7 +196,10 @@ def _training_texts(reading: Reading) -> Iterator[str]:
     taken = 0
     for source, files in found:
         for document in reading.documents(source, files, reading.tally(source)):
-            if _share(document.text) < reading.config.held_out or _share(document.text, key=str(reading.seed)) >= keep:
+            if (
+                _share(document.decides) < reading.config.held_out
+                or _share(document.text, key=str(reading.seed)) >= keep
+            ):
                 continue
             taken += len(document.text)
             if taken > MAX_TRAINING_BYTES:  # the files were compressed
