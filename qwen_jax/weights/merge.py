@@ -12,6 +12,7 @@ memory does not grow with the models. Config, tokenizer and the other files besi
 from __future__ import annotations
 
 import argparse
+import functools
 import contextlib
 import dataclasses
 import math
@@ -142,7 +143,8 @@ class Merged(Model):
             return linear(values, recipe.weights)
         if recipe.method == "slerp":
             (cosine,) = self._of_tensor(piece.tensor)
-            return slerp(*values, recipe.t, cosine=cosine)
+            a, b = values
+            return slerp(a, b, recipe.t, cosine=cosine)
         base, learned = self._learned(piece)
         if recipe.method == "ties":
             known = self._of_tensor(piece.tensor)
@@ -177,13 +179,11 @@ class Merged(Model):
     def _least(self, tensor: Sequence[Piece]) -> list[float]:
         """Sizes as bits sort like sizes: one walk counts upper halves, another the lower ones where the border is."""
         keep = max(1, round(self._recipe.density * math.prod(tensor[0].tensor.shape)))
-        upper = sum(_counts(bits >> 16) for bits in self._bits(tensor))
+        upper = functools.reduce(np.add, (_counts(bits >> 16) for bits in self._bits(tensor)))
         places, more = zip(*(_place(counts, keep) for counts in upper), strict=True)
         border = np.array(places, np.uint32)[:, None]
-        lower = sum(
-            np.stack([_count(row & 0xFFFF, (row >> 16) == at) for row, at in zip(bits, border, strict=True)])
-            for bits in self._bits(tensor)
-        )
+        below = lambda bits: [_count(row & 0xFFFF, (row >> 16) == at) for row, at in zip(bits, border, strict=True)]
+        lower = functools.reduce(np.add, (np.stack(below(bits)) for bits in self._bits(tensor)))
         found = [_place(counts, keep - above)[0] for counts, above in zip(lower, more, strict=True)]
         exact = (border[:, 0] << 16) | np.array(found, np.uint32)
         return exact.view(np.float32).tolist()
