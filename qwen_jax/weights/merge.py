@@ -12,9 +12,9 @@ memory does not grow with the models. Config, tokenizer and the other files besi
 from __future__ import annotations
 
 import argparse
-import functools
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 import zlib
