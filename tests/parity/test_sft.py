@@ -13,7 +13,7 @@ from qwen_jax.weights.load import load_params
 from qwen_jax.weights.source import open_model
 from tests.published import RELATIVE, tiny_tokenizer
 from train import optim
-from train.config import LM, AdamW, Noise
+from train.config import LM, AdamW
 from train.objectives import lm
 from train.step import State, make_train_step
 
@@ -114,7 +114,7 @@ def stepper(folder, objective=LM()):  # noqa: B008
     """A function: micro-batches to loss and norm of the gradient of one step of ours."""
     with open_model(folder) as opened:
         params = load_params(opened, dtype="float32", stacked=True)
-    loss = functools.partial(lm.loss, opened.config, objective, noise=Noise(), remat="none", attention="reference")
+    loss = functools.partial(lm.loss, opened.config, objective, attention="reference")
     optimizer = optim.adamw(AdamW(peak_lr=1.0))
     step = make_train_step(loss, optimizer, lambda step: jnp.float32(0))
 
