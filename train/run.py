@@ -324,6 +324,9 @@ def check_corpus(corpus: Corpus, config: TrainConfig, checkpoint: Checkpoint | N
             f"the tokenizer has {corpus.tokenizer.num_tokens} tokens and model.vocab_size is "
             f"{config.model_config.vocab_size}; make it at least that"
         )
+    asks = [*["evaluation.samples"] * bool(config.evaluation.samples), *["keep_best"] * config.checkpoint.keep_best]
+    if asks and not any(len(part.held_out) for part in corpus.parts):
+        raise ConfigError(f"{' and '.join(asks)} looks at held-out text, and there is none; set data.held_out above 0")
     meta = {name: value for name, value in (checkpoint.meta if checkpoint else {}).items() if name != "base"}
     if checkpoint and meta != fingerprint(corpus):
         raise DataError(

@@ -257,3 +257,14 @@ def test_hosts_are_looked_for_where_there_are_tpus_and_nowhere_else(monkeypatch)
     finally:
         jax.config.update("jax_platforms", before)
     assert calls == [()]
+
+
+@pytest.mark.parametrize("changes", [{"evaluation.samples": 1}, {"checkpoint.keep_best": True}])
+def test_what_looks_at_held_out_text_wants_some(config, changes):
+    ((path, value),) = changes.items()
+    section, name = path.split(".")
+    asked = dataclasses.replace(getattr(config, section), **{name: value})
+    data = dataclasses.replace(config.data, held_out=0.0)
+    config = dataclasses.replace(config, data=data, **{section: asked})
+    with pytest.raises(ConfigError, match="looks at held-out text, and there is none; set data.held_out above 0"):
+        run_module.run(config, bindings.render(config))
