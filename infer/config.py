@@ -239,8 +239,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a published folder, a run or checkpoint folder of ours, or the name of a published model",
     )
-    add("--allow-pickle-format", action="store_true", help="read weights in PyTorch's own format, too")
-    add("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the checkpoint's)")
+    _add_weights(parser)
     add(
         "--mesh",
         metavar="AXES",
@@ -266,11 +265,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--no-thinking", dest="thinking", action="store_false", help="have a thinking model answer at once")
 
 
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--allow-pickle-format", action="store_true", help="read weights in PyTorch's own format, too")
+    add("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the checkpoint's)")
+
+
 def _add_scored(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a reward model: a published folder, a run, a checkpoint, or a published name")
-    add("--allow-pickle-format", action="store_true", help="read weights in PyTorch's own format, too")
-    add("--dtype", choices=["float32", "bfloat16"], help="type to compute in (default: the checkpoint's)")
+    _add_weights(parser)
     add("--format", metavar="NAME", choices=FORMATS, help="format of chats (default: the model's own)")
     add("--prompt", metavar="TEXT", action="append", default=[], help="a text; may be given several times")
     add(
@@ -279,13 +283,7 @@ def _add_scored(parser: argparse.ArgumentParser) -> None:
         help='more, - for standard input: JSON lines {"prompt": the whole text} or {"messages": [...]}, whose last is '
         "the assistant's, or one text per line",
     )
-    add(
-        "--output",
-        metavar="FILE",
-        type=Path,
-        help="write JSON lines to this file; after an interruption, the same command makes what is missing there",
-    )
-    add("--overwrite", action="store_true", help="begin the file of --output anew, whatever is in it")
+    _add_output(parser)
     add("--step-end", metavar="TEXT", help="of a process-reward model: score wherever this text ends a step")
     add("--batch-size", metavar="N", type=_integer(1), default=8, help="texts scored together (default: 8)")
 
@@ -309,13 +307,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         help='more prompts, - for standard input: JSON lines {"prompt": ...} or {"messages": [...], "tools": [...]} if '
         "the name ends in .jsonl or the first line begins with {, else one prompt per line; empty lines are skipped",
     )
-    add(
-        "--output",
-        metavar="FILE",
-        type=Path,
-        help="write JSON lines to this file; after an interruption, the same command makes what is missing there",
-    )
-    add("--overwrite", action="store_true", help="begin the file of --output anew, whatever is in it")
+    _add_output(parser)
     add(
         "--control-tokens",
         action="store_true",
@@ -325,6 +317,17 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be given several times")
     add("--n", metavar="N", type=_integer(1), default=1, help="completions per prompt (default: 1)")
     add("--batch-size", metavar="N", type=_integer(1), default=8, help="completions made together (default: 8)")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="write JSON lines to this file; after an interruption, the same command makes what is missing there",
+    )
+    add("--overwrite", action="store_true", help="begin the file of --output anew, whatever is in it")
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from qwen_jax.errors import ConfigError, DataError
 from qwen_jax.text import chat
@@ -30,6 +30,7 @@ _ROLES = {
     "tool": "tool",
 }
 Message = dict[str, Any]
+D = TypeVar("D", bound=Document)
 
 _MARKS = re.compile(r"(<\|im_start\|>|<\|im_end\|>\n?)")
 
@@ -52,9 +53,16 @@ def documents(
 ) -> Iterator[Document]:
     """The conversations of `files`. One that cannot be written, or has nothing to train, is unreadable to `tally`."""
     form = training_format(form, learn=source.learn)
+    return from_rows(files, source.columns, tally, lambda origin, row: _document(origin, row, source, form))
+
+
+def from_rows(
+    files: Sequence[SourceFile], columns: Mapping[str, str], tally: Tally, read: Callable[[str, dict[str, Any]], D]
+) -> Iterator[D]:
+    """What `read` makes of the rows of `files`, under our names of columns; what it refuses, `tally` counts."""
     for origin, row in sources.rows(files, tally):
         try:
-            document = _document(origin, row, source, form)
+            document = read(origin, {ours: row[name] for ours, name in columns.items() if name in row} | row)
             sources.check_text(document.text)
         except (DataError, ValueError) as error:
             tally.reject(f"{origin}: {error}")
@@ -77,7 +85,6 @@ def training_format(form: Format | JinjaFormat, *, learn: str) -> Format | Jinja
 
 
 def _document(origin: str, row: Mapping[str, Any], source: Conversations, form: Format | JinjaFormat) -> Document:
-    row = {ours: row[name] for ours, name in source.columns.items() if name in row} | row
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         pieces = [Piece(text=row["prompt"]), Piece(text=row["completion"], trained=True)]
         return Document(origin=origin, text=chat.text_of(pieces), pieces=pieces)

@@ -10,7 +10,7 @@ from qwen_jax.errors import DataError
 from qwen_jax.text import Tokenizer, chat
 from qwen_jax.text.chat import Format, Piece
 from qwen_jax.text.template import JinjaFormat
-from train.data import conversations, sources
+from train.data import conversations
 from train.data.config import MOST_COMPLETIONS, Preferences
 from train.data.conversations import Message
 from train.data.documents import IS_BAD, IS_GOOD, TRAINED, Document
@@ -69,20 +69,8 @@ def documents(
     files: Sequence[SourceFile], source: Preferences, form: Format | JinjaFormat, tally: Tally
 ) -> Iterator[Judged]:
     """The judged texts of `files`. Those that cannot be written, or tell no better from worse, are unreadable."""
-    form = conversations.training_format(form, learn="answers")
-    for origin, row in sources.rows(files, tally):
-        try:
-            row = {ours: row[name] for ours, name in source.columns.items() if name in row} | row
-            document = (
-                _steps(origin, row, source, form) if source.kind == "steps" else _sides(origin, row, source, form)
-            )
-            sources.check_text(document.text)
-        except (DataError, ValueError) as error:
-            tally.reject(f"{origin}: {error}")
-            continue
-        tally.documents += 1
-        yield document
-    tally.check()
+    form, judged = conversations.training_format(form, learn="answers"), _steps if source.kind == "steps" else _sides
+    return conversations.from_rows(files, source.columns, tally, lambda origin, row: judged(origin, row, source, form))
 
 
 def _mark(label: bool | None) -> int:
