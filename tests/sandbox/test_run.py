@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -271,9 +272,12 @@ def children_of_ours() -> list[str]:
     """Wardens that nobody has waited for."""
     found = []
     for task in os.listdir("/proc/self/task"):
-        for child in Path(f"/proc/self/task/{task}/children").read_text().split():
-            if b"qwen_jax.sandbox" in (command := Path(f"/proc/{child}/cmdline")).read_bytes():
-                found.append(command)
+        # Threads of other tests, and their children, may end while we look.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in Path(f"/proc/self/task/{task}/children").read_text().split():
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    if b"qwen_jax.sandbox" in (command := Path(f"/proc/{child}/cmdline")).read_bytes():
+                        found.append(command)
     return found
 
 
