@@ -18,6 +18,7 @@ from qwen_jax.errors import ConfigError
 from qwen_jax.weights import hf, targets
 from train.alignment import DPO, OnlineMerging, ProcessReward, Reward
 from train.data.config import Data, Mixture, Preferences, Source
+from train.reinforcement import GRPO, PPO, Online, OnlineDPO
 
 
 def _at_least(least: int, section: object, *names: str) -> None:
@@ -356,7 +357,8 @@ class TrainConfig:
       noise: what makes training random.
       data: where tokens come from.
       objective: what is minimised.
-      batch_size: rows of each optimiser step, over all devices and micro-batches.
+      batch_size: rows of each optimiser step, over all devices and micro-batches; of objectives on the model's own
+        completions how many of these, which may need fewer rows.
       accumulation: micro-batches of one step; more of them need less memory for the same step.
       steps: optimiser steps in all. 0 where `epochs` says how many.
       epochs: how often all rows are seen; of a mixture, how often as many rows as its parts have together.
@@ -381,7 +383,7 @@ class TrainConfig:
     adapter: LoRA | None = None
     noise: Noise = Noise()
     data: Data
-    objective: LM | Reward | ProcessReward | DPO = LM()
+    objective: LM | Reward | ProcessReward | DPO | OnlineDPO | GRPO | PPO = LM()
     batch_size: int
     accumulation: int = 1
     steps: int = 0
@@ -424,6 +426,7 @@ class TrainConfig:
         self._check_batch()
         self._check_model()
         self._check_alignment()
+        self._check_online()
         self._check_stages()
 
     def _check_batch(self) -> None:
@@ -490,11 +493,15 @@ class TrainConfig:
             )
         if score and self.adapter:
             raise ConfigError(f"objective {kind} trains a model with its new head, whole; leave adapter out")
+        online = isinstance(self.objective, Online)
         for part in self.data.parts:
             found = part.source.kind if isinstance(part.source, Preferences) else "text"
-            fits = {"LM": "text", "ProcessReward": "steps"}.get(kind, "completions")
+            fits = "text" if online else {"LM": "text", "ProcessReward": "steps"}.get(kind, "completions")
             if found != fits:
                 raise ConfigError(f"objective {kind} reads {_READ[fits]}; data.source has {_READ[found]}")
+        if online != bool(self.data.prompts):
+            has, wants = ("@Prompts" if x else "no @Prompts" for x in (self.data.prompts, online))
+            raise ConfigError(f"objective {kind} wants {wants} as data.source, or a part of it, and there is {has}")
         if isinstance(self.objective, DPO) and not isinstance(self.model, Pretrained):
             raise ConfigError("objective DPO compares with the model that the run begins with: set model = @Pretrained")
         if self.merging and not isinstance(self.model, Pretrained):
@@ -503,6 +510,66 @@ class TrainConfig:
             )
         if self.merging and self.adapter:
             raise ConfigError("merging and an adapter do not go together: what was learned before is in all parameters")
+
+    def _check_online(self) -> None:
+        if not isinstance(self.objective, Online):
+            return
+        kind, rollout = type(self.objective).__name__, self.objective.rollout
+        wanted = getattr(self.objective, "text", 0.0) > 0
+        if wanted != bool(self.data.parts):
+            raise ConfigError(
+                f"objective {kind} learns from its own completions; text parts of data.source go with PPO and its "
+                "field text above 0, and only with that"
+            )
+        if rollout.max_new_tokens >= self.data.sequence_length:
+            raise ConfigError(
+                f"objective.rollout.max_new_tokens={rollout.max_new_tokens} must be below data.sequence_length="
+                f"{self.data.sequence_length}, which holds the prompt as well"
+            )
+        if self.batch_size * rollout.updates % (rollout.completions * rollout.passes):
+            raise ConfigError(
+                f"an episode of batch_size * updates / passes = {self.batch_size} * {rollout.updates} / "
+                f"{rollout.passes} completions must be whole prompts of objective.rollout.completions="
+                f"{rollout.completions}"
+            )
+        if self.stages:
+            raise ConfigError(f"objective {kind} has no stages; run one after the other, each with model = @Pretrained")
+        if self.noise != Noise() or (self.adapter and self.adapter.dropout):
+            raise ConfigError(
+                f"objective {kind} compares probabilities, which noise and dropout would change: set adapter.dropout = "
+                "0.0 and leave noise out"
+            )
+        if isinstance(self.objective, PPO) and not isinstance(self.model, Pretrained):
+            raise ConfigError("objective PPO has a critic that begins with a model: set model = @Pretrained")
+        if self.compares and not isinstance(self.model, Pretrained):
+            raise ConfigError(
+                f"objective {kind} compares with the model that the run begins with: set model = @Pretrained"
+            )
+
+    @property
+    def compares(self) -> bool:
+        """Whether the run keeps the model that it begins with, to compare with."""
+        return isinstance(self.objective, DPO) or (isinstance(self.objective, GRPO | PPO) and self.objective.kl > 0)
+
+    @property
+    def completions_per_episode(self) -> int:
+        """Completions that are sampled together, of objectives on the model's own."""
+        assert isinstance(self.objective, Online)
+        rollout = self.objective.rollout
+        return self.batch_size * rollout.updates // rollout.passes
+
+    @functools.cached_property
+    def critic_config(self) -> ModelConfig:
+        """The shape of PPO's critic."""
+        assert isinstance(self.objective, PPO)
+        if self.objective.critic.model is None:
+            return dataclasses.replace(self.model_config, score=Score(labels=1, hidden=False))
+        from qwen_jax.weights.source import read_config
+
+        own = read_config(self.objective.critic.model)
+        if not own.score or own.score.labels != 1:
+            raise ConfigError(f"objective.critic.model={self.objective.critic.model} is no reward model of one score")
+        return dataclasses.replace(own, dtype=self.model_config.dtype, param_dtype="float32")
 
     def _check_experts(self) -> None:
         moe, mesh = self.model_config.moe, self.mesh

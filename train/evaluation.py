@@ -9,12 +9,12 @@ from typing import Any
 
 from qwen_jax.errors import NumericalError
 from qwen_jax.model import Params
-from train import objectives
+from train import adapter, objectives
 from train.adapter import Frozen
 from train.config import LM, TrainConfig
 from train.data import Corpus, Rows, ngram_entropy
 from train.feed import put_batch
-from train.step import make_eval_step
+from train.step import State, make_eval_step
 from train.stream import layout
 
 
@@ -24,6 +24,7 @@ class HeldOut:
     def __init__(self, config: TrainConfig, corpus: Corpus, frozen: Frozen) -> None:
         self._config, self._frozen = config, frozen
         self._eval_step = make_eval_step(objectives.make(config), objectives.refer(config))
+        self._join, self._last = adapter.join(config.adapter), dict[str, float]()
         self._means: dict[str, dict[str, float]] = {}  # of each part, what else its objective measures
         data = config.data
         self._parts = {
@@ -54,6 +55,14 @@ class HeldOut:
                     f"the held-out loss of {name} is {loss} although the training loss was finite; lower the peak_lr"
                 )
         return found
+
+    def evaluate(self, state: State, *, whole: bool) -> tuple[dict[str, Any], str]:
+        """What the record keeps of a state, and a line about it."""
+        losses = self._last = self.losses(self._join(state.params, self._frozen, None), whole=whole)
+        measures = self.measures(losses)
+        line = f"held-out loss {measures['loss']:.3f}"
+        line += "".join(f", {name} {loss:.3f}" for name, loss in losses.items()) if len(losses) > 1 else ""
+        return measures, line + (f", accuracy {measures['accuracy']:.1%}" if "accuracy" in measures else "")
 
     def _loss(self, name: str, params: Params, rows: Rows, whole: bool) -> float:
         total, asked = rows.num_batches, self._config.evaluation.batches
@@ -100,8 +109,9 @@ class HeldOut:
         tokens = shards.tokens(0, len(shards))
         return ngram_entropy(tokens, shards.vocab_size, end_of_text=shards.end_of_text)
 
-    def summary(self, losses: Mapping[str, float]) -> str:
-        """Held-out losses beside what they should be compared with, as lines of text."""
+    def summary(self) -> str:
+        """The losses that were evaluated last, beside what they should be compared with, as lines of text."""
+        losses = self._last
         if not isinstance(self._config.objective, LM):
             measures = self.measures(losses)
             shown = {name: measures[name] for name in ("loss", "accuracy", "margin") if name in measures}

@@ -15,13 +15,13 @@ from qwen_jax.weights.load import load_params
 from qwen_jax.weights.source import Model, open_model
 from train import adapter
 from train.adapter import Frozen
-from train.alignment import DPO, OnlineMerging
+from train.alignment import OnlineMerging
 from train.config import TrainConfig
 
 
 def is_needed(config: TrainConfig) -> bool:
     """Whether a run keeps anything."""
-    return bool(config.adapter or config.merging or _compares(config))
+    return bool(config.adapter or config.merging or config.compares)
 
 
 def load(config: TrainConfig, source: Model, *, warn: Callable[[str], None], unroll: bool) -> Frozen:
@@ -35,14 +35,14 @@ def load(config: TrainConfig, source: Model, *, warn: Callable[[str], None], unr
 
     Raises ModelError for models that do not go together.
     """
-    own = adapter.load_frozen(config, source, unroll=unroll) if config.adapter or _compares(config) else None
+    own = adapter.load_frozen(config, source, unroll=unroll) if config.adapter or config.compares else None
     learned = _learned(config.merging, source, warn=warn, unroll=unroll) if config.merging else None
     return Frozen(base=own, learned=learned) if config.adapter else Frozen(reference=own, learned=learned)
 
 
 def without_trained(config: TrainConfig, frozen: Frozen) -> Frozen:
     """What of it the steps need: tables that are trained are of the reference what they were, and else of no use."""
-    if config.adapter is None or frozen.base is None or _compares(config):
+    if config.adapter is None or frozen.base is None or config.compares:
         return frozen
     return frozen._replace(base=adapter.without_tables(frozen.base, config.adapter))
 
@@ -53,14 +53,10 @@ def abstract(config: TrainConfig) -> Frozen:
     own = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(config.model_config.dtype)), params)
     found = Frozen(
         base=own if config.adapter else None,
-        reference=own if _compares(config) and not config.adapter else None,
+        reference=own if config.compares and not config.adapter else None,
         learned=params if config.merging else None,
     )
     return without_trained(config, found)
-
-
-def _compares(config: TrainConfig) -> bool:
-    return isinstance(config.objective, DPO)
 
 
 def _learned(merging: OnlineMerging, source: Model, *, warn: Callable[[str], None], unroll: bool) -> Params:

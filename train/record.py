@@ -76,19 +76,20 @@ class Record:
         self,
         step: int,
         *,
-        loss: float,
-        bits_per_byte: float | None,
+        loss: float | None = None,
+        bits_per_byte: float | None = None,
         parts: Mapping[str, float] | None = None,
         **others: float,
     ) -> None:
         """Adds the row of an evaluation after `step` steps: nats per token, also of each part, and bits per byte.
 
-        `others` are what else the objective measures.
+        `others` are what else the objective measures; where answers are judged that is all.
         """
+        own = {} if loss is None else {"held_out_loss": loss}
         bits = {} if bits_per_byte is None else {"bits_per_byte": bits_per_byte}
         each = {f"held_out_loss_{name}": value for name, value in (parts or {}).items()}
         more = {f"held_out_{name}": value for name, value in others.items()}
-        self._add("held_out", {"step": step, "held_out_loss": loss, **each, **bits, **more})
+        self._add("held_out", {"step": step, **own, **each, **bits, **more})
 
     def checkpoint_failed(self, step: int, times: int) -> None:
         """Adds a row saying that `times` saves in a row have failed, the last one noticed at `step`."""
@@ -159,7 +160,11 @@ def _length_up_to(path: Path, step: int) -> int:
             row = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
             row = None
-        if row is None or row["step"] > step or (row["step"] == step and "held_out_loss" in row):
+        if (
+            row is None
+            or row["step"] > step
+            or (row["step"] == step and any(name.startswith("held_out_") for name in row))
+        ):
             break
         length += len(line)
     return length

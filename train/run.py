@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,21 +21,26 @@ from qwen_jax.errors import ConfigError, DataError, FileError, NumericalError
 from qwen_jax.sharding import make_mesh
 from qwen_jax.weights.checkpoint import Checkpoint, Checkpoints
 from qwen_jax.weights.source import ADAPTER, Model, open_model
-from train import adapter, plot
+from train import adapter, critic, plot
 from train import directory as run_directory
 from train import frozen as kept
 from train.adapter import NOTHING, Frozen
 from train.config import Pretrained, TrainConfig
 from train.data import Corpus, Rows, prepare
 from train.data.config import Chats
+from train.data.conversations import ChatFormat
 from train.data.mixture import MixedRows
 from train.evaluation import HeldOut
+from train.exam import Exam
 from train.export import EXPORT, export
-from train.feed import abstract_batch, put_batch
+from train.feed import Reading, abstract_batch
 from train.profiler import Profiler
 from train.progress import Report
 from train.record import Record
-from train.samples import Samples
+from train.reinforcement import PPO, Online
+from train.rewards.judge import Judge
+from train.rollout import SAVED, TABLE, Player, Rollouts
+from train.samples import SAMPLES, Samples, Table
 from train.saving import Best, Saver
 from train.step import (
     Metrics,
@@ -48,7 +54,7 @@ from train.step import (
     unrolled,
 )
 from train.stop import Stop
-from train.stream import TEMPLATE, chat_format, check_parts, count_steps, facts, stream
+from train.stream import TEMPLATE, Sides, chat_format, check_parts, count_steps, facts, read_prompts, stream
 
 
 def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = False) -> int:
@@ -95,9 +101,10 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
         chat = chat_format(config, warn=report.warn)
         corpus = prepare(config.data, directory, seed=config.seed, report=report.line, chat=chat, is_writer=first_host)
         check_corpus(corpus, config, checkpoint)
-        config = count_steps(config, corpus)
+        prompts = read_prompts(config, corpus.tokenizer, chat, report=report.line)
+        config = count_steps(config, corpus, len(prompts[0]))
         stages = {n: each for n, each in enumerate(config.stage_configs) if done <= each[0].stop}
-        streams = [stream(corpus, steps, stage) for steps, stage in stages.values()]
+        streams = [stream(corpus, steps, stage) if corpus.parts else None for steps, stage in stages.values()]
 
         # Files
         files = {"config.gin": text.encode(), "tokenizer.json": corpus.tokenizer.to_bytes()}
@@ -109,7 +116,8 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
         stack.callback(record.close)
 
         # Each goes on from the checkpoint that the one before has left, as if the run had been stopped there.
-        shared = Shared(directory, corpus, files, checkpoints, record, report, stack.enter_context(Stop()))
+        stop = stack.enter_context(Stop())
+        shared = Shared(directory, corpus, prompts, chat, files, checkpoints, record, report, stop)
         for (number, (steps, stage)), read in zip(stages.items(), streams, strict=True):
             if done < steps.start:
                 checkpoint = checkpoints.latest_valid()
@@ -120,9 +128,9 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
                     )
             if config.stages:
                 report.fact("stage", f"{number} of 0 to {len(config.stages)}, up to step {steps.stop:,}")
-            for fact in facts(read, steps, stage):
+            for fact in facts(read, steps, stage) if read else ():
                 report.fact("reads", fact)
-            if exit_code := train_stage(steps, stage, read.rows, checkpoint, shared):
+            if exit_code := train_stage(steps, stage, read and read.rows, checkpoint, shared):
                 return exit_code
     return 0
 
@@ -132,6 +140,8 @@ class Shared(NamedTuple):
 
     directory: Path
     corpus: Corpus
+    prompts: Sides
+    chat: ChatFormat | None
     files: Mapping[str, bytes]
     checkpoints: Checkpoints
     record: Record
@@ -140,32 +150,43 @@ class Shared(NamedTuple):
 
 
 def train_stage(
-    steps: range, config: TrainConfig, rows: Rows | MixedRows, checkpoint: Checkpoint | None, shared: Shared
+    steps: range, config: TrainConfig, rows: Rows | MixedRows | None, checkpoint: Checkpoint | None, shared: Shared
 ) -> int:
     """Trains through a stage, which for most runs is all there is, and returns the exit code.
 
     Args:
       steps: the stage's.
       config: the run as it is in these steps.
-      rows: of its training text.
+      rows: of its training text, where it has any.
       checkpoint: what to go on from; None for the start.
       shared: with the other stages.
     """
-    directory, corpus, files, checkpoints, record, report, stop = shared
+    directory, corpus, _, _, files, checkpoints, record, report, stop = shared
     first_host = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         # Mesh
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
         stack.enter_context(jax.set_mesh(mesh))
         _, optimizer, train_step = configured(config)
-        join = adapter.join(config.adapter)
 
         # State
         unroll = unrolled(config, mesh)
         state, frozen, base = begin(config, optimizer, checkpoint, shared, unroll=unroll)
         start = int(state.step)
 
-        held_out = HeldOut(config, corpus, frozen) if any(len(part.held_out) for part in corpus.parts) else None
+        if isinstance(config.objective, PPO):
+            state = state._replace(
+                critic=critic.restored(config, checkpoint, unroll=unroll)
+                if checkpoint
+                else critic.fresh(config, unroll=unroll)
+            )
+            train_step = critic.ActorCritic(config, train_step, step=start)
+        if isinstance(config.objective, Online):
+            feed, held_out = stack.enter_context(asking(config, mesh, frozen, start, checkpoint, shared))
+        else:
+            assert rows is not None, "a run on text has rows of it"
+            feed = Reading(rows, config)
+            held_out = HeldOut(config, corpus, frozen) if any(len(part.held_out) for part in corpus.parts) else None
         saver = Saver(
             checkpoints,
             record,
@@ -179,15 +200,14 @@ def train_stage(
         )
         best = Best(checkpoints, directory, start=steps.start, done=start) if config.checkpoint.keep_best else None
         samples = None
-        if held_out and config.evaluation.samples:
+        if isinstance(held_out, HeldOut) and config.evaluation.samples:
             samples = Samples(config, corpus, mesh=mesh, directory=directory, step=start, report=report.line)
         profiler = stack.enter_context(Profiler(directory / "profile", config.profile, start=start, warn=report.warn))
         describe(config, mesh, start, report)
         record.restart_clock(start)
 
         # Loop: launch step n, then read what step n - 1 measured, so that the devices never wait for the host.
-        step, losses = start, {}
-        unread: tuple[int, Metrics] | None = None
+        step, unread = start, None
         with saver, report.follow(start, config.steps, tokens_per_step=config.tokens_per_step):
             while True:
                 last, exit_code = step == steps.stop, stop.exit_code()
@@ -201,19 +221,16 @@ def train_stage(
                     watch(unread, config, record, report)
                     unread = None
                 if saving:
-                    saver.save(step, state)
+                    saver.save(step, state, feed.files(step))
                 if evaluating:
-                    losses = held_out.losses(join(state.params, frozen, None), whole=last)
-                    measures = held_out.measures(losses)
+                    measures, line = held_out.evaluate(state, whole=last)
                     record.held_out(step, **measures)
-                    each = "".join(f", {name} {loss:.3f}" for name, loss in losses.items()) if len(losses) > 1 else ""
-                    if "accuracy" in measures:
-                        each += f", accuracy {measures['accuracy']:.1%}"
-                    report.line(f"step {step}: held-out loss {measures['loss']:.3f}{each}")
-                    if best and best.improves(measures["loss"]):
+                    report.line(f"step {step}: {line}")
+                    worth = measures["loss"] if "loss" in measures else -measures["reward"]
+                    if best and best.improves(worth):
                         if not saving:
-                            saver.save(step, state)
-                        best.keep(step, measures["loss"])
+                            saver.save(step, state, feed.files(step))
+                        best.keep(step, worth)
                     if samples:
                         samples.answer(step, state.params, frozen)
                 if saving or evaluating:
@@ -221,10 +238,11 @@ def train_stage(
                 if last or exit_code:
                     break
                 profiler.before(step)
-                state, metrics = train_step(state, put_batch(rows, step, config), frozen)
+                batch, known = feed.batch(step, state, frozen)
+                state, metrics = train_step(state, batch, frozen)
                 step += 1
                 watch(unread, config, record, report)
-                unread = (step, metrics)
+                unread = (step, {**metrics, **known})
 
         if exit_code:
             report.line(
@@ -237,7 +255,7 @@ def train_stage(
                 report.warn(f"no {plot.IMAGE}: {error.strerror}")
         finished = step == config.steps and not exit_code
         if first_host and finished and held_out:
-            print(f"\n{held_out.summary(losses)}\n")
+            print(f"\n{held_out.summary()}\n")
         if finished and config.export:
             chosen = checkpoints.best if checkpoints.best in checkpoints.steps() else step
             export(config.export, checkpoints.folder(chosen), directory / EXPORT, report)
@@ -276,6 +294,27 @@ def begin(
         else:
             state = pretrained_state(config, source, optimizer, unroll=unroll)
     return state, kept.without_trained(config, frozen), base
+
+
+@contextlib.contextmanager
+def asking(
+    config: TrainConfig, mesh: Mesh, frozen: Frozen, start: int, checkpoint: Checkpoint | None, shared: Shared
+) -> Iterator[tuple[Rollouts, Exam | None]]:
+    """The batches of a run on its own completions, and its held-out prompts."""
+    assert isinstance(config.objective, Online)
+    report, table = shared.report, functools.partial(Table, step=start, report=shared.report.line)
+    form, tokenizer = shared.chat and shared.chat.form, shared.corpus.tokenizer
+    with Judge(config.objective, form=form, tokenizer=tokenizer, mesh=mesh, warn=report.warn) as judge:
+        for prompt in itertools.chain(*shared.prompts):
+            judge.check(prompt.columns)
+        player = Player(config, shared.prompts, tokenizer, judge, mesh)
+        saved = checkpoint.read(SAVED) if checkpoint else None
+        try:
+            rollouts = Rollouts(config, shared.prompts[0], player, saved=saved, table=table(shared.directory / TABLE))
+            samples = table(shared.directory / SAMPLES)
+            yield rollouts, Exam(config, shared.prompts[1], player, frozen, samples) if shared.prompts[1] else None
+        finally:
+            player.close()
 
 
 def trace(config: TrainConfig) -> None:
@@ -325,7 +364,11 @@ def check_corpus(corpus: Corpus, config: TrainConfig, checkpoint: Checkpoint | N
             f"{config.model_config.vocab_size}; make it at least that"
         )
     asks = [*["evaluation.samples"] * bool(config.evaluation.samples), *["keep_best"] * config.checkpoint.keep_best]
-    if asks and not any(len(part.held_out) for part in corpus.parts):
+    if (
+        asks
+        and not any(len(part.held_out) for part in corpus.parts)
+        and not (config.data.prompts and config.data.held_out)
+    ):
         raise ConfigError(f"{' and '.join(asks)} looks at held-out text, and there is none; set data.held_out above 0")
     meta = {name: value for name, value in (checkpoint.meta if checkpoint else {}).items() if name != "base"}
     if checkpoint and meta != fingerprint(corpus):

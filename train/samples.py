@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,30 @@ class Prompt:
     ids: list[int]
     reference: list[int]
     stop_ids: frozenset[int]
+
+
+class Table:
+    """A file of JSON lines for people, each with the `step` it is of; of a run that goes on, those before it."""
+
+    def __init__(self, path: Path, *, step: int, report: Callable[[str], None]) -> None:
+        self._path, self._report = path, report
+        text = path.read_text() if path.exists() else ""
+        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        self._write("".join(line for line in lines if json.loads(line)["step"] < step), "w")
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds rows; where the disk takes none, training goes on without, since nothing is trained on them."""
+        try:
+            self._write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "a")
+        except FileError as error:
+            self._report(f"warning: {error}; training goes on")
+
+    def _write(self, text: str, mode: str) -> None:
+        try:
+            with self._path.open(mode) as file:
+                file.write(text)
+        except OSError as error:
+            raise FileError(f"{self._path} cannot be written: {error.strerror}") from error
 
 
 class Samples:
@@ -68,7 +92,6 @@ class Samples:
         self._prompts = list(_prompts(config, corpus, self._limit))
         if not self._prompts:
             report(f"no samples: no held-out document is a prompt of up to {config.data.sequence_length} tokens")
-        self._path = directory / SAMPLES
         self._follower = Follower(
             config.model_config,
             num_tokens=corpus.tokenizer.num_tokens,
@@ -76,8 +99,7 @@ class Samples:
             capacity=_capacity([len(prompt.ids) + self._limit for prompt in self._prompts]),
             adapter=config.adapter,
         )
-        kept = [line for line in _lines(self._path) if json.loads(line)["step"] < step]
-        _write(self._path, "".join(kept), "w")
+        self._table = Table(directory / SAMPLES, step=step, report=report)
 
     def answer(self, step: int, params: Params, frozen: Frozen) -> None:
         """Has every prompt answered with these weights, the likeliest token each time, and writes it down."""
@@ -92,10 +114,7 @@ class Samples:
         with self._follower.at(params, frozen) as engine:
             generate(engine, zip(asked, done, strict=True))
         rows = [self._row(step, *each) for each in zip(self._prompts, done, strict=True)]
-        try:
-            _write(self._path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "a")
-        except FileError as error:  # nothing is trained on them
-            self._report(f"warning: {error}; training goes on")
+        self._table.add(rows)
         for row in rows[:_SHOWN]:
             asked_of, said = (" ".join(row[name].split()) for name in ("prompt", "answer"))
             self._report(f"  … {asked_of[-_CHARACTERS:]}\n  → {said[:_CHARACTERS]} [{row['finish_reason']}]")
@@ -150,17 +169,3 @@ def _capacity(lengths: list[int]) -> Capacity:
     lengths = sorted(lengths or [_PAGE], reverse=True)
     pages = [-(-length // _PAGE) * _PAGE for length in lengths[:_MAX_ROWS]]
     return Capacity(max_rows=len(pages), max_length=lengths[0], cache_tokens=sum(pages), page_size=_PAGE)
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file; none where there is no file."""
-    text = path.read_text() if path.exists() else ""
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _write(path: Path, text: str, mode: str) -> None:
-    try:
-        with path.open(mode) as file:
-            file.write(text)
-    except OSError as error:
-        raise FileError(f"{path} cannot be written: {error.strerror}") from error

@@ -43,15 +43,16 @@ class Saver:
         self._failures = 0
         self._last: FileError | None = None
 
-    def save(self, step: int, state: State) -> None:
-        """Begins to save the state after `step` steps, which may be donated once this returns."""
+    def save(self, step: int, state: State, files: Mapping[str, bytes]) -> None:
+        """Begins to save the state after `step` steps, which may be donated once this returns, with more files."""
         if self._running and self._tried(step, self._checkpoints.wait):
             self._failures = 0
         self._record.sync()
-        self._running = self._tried(step, lambda: self._begin(step, stacked(state)))
+        self._running = self._tried(step, lambda: self._begin(step, stacked(state), files))
 
-    def _begin(self, step: int, state: State) -> None:
-        self._checkpoints.save(step, params=state.params, optimizer=state.optimizer, files=self._files, meta=self._meta)
+    def _begin(self, step: int, state: State, files: Mapping[str, bytes]) -> None:
+        arrays = dict(params=state.params, optimizer=state.optimizer, critic=state.critic)
+        self._checkpoints.save(step, **arrays, files={**self._files, **files}, meta=self._meta)
 
     def _tried(self, step: int, action: Callable[[], None]) -> bool:
         try:
@@ -85,6 +86,8 @@ class Saver:
 class Best:
     """The step of a stage with the lowest held-out loss, of those that have a checkpoint, which it keeps from deletion.
 
+    Where answers are judged, what is as good as a low loss is a high reward.
+
     Args:
       checkpoints: of the run.
       directory: of the run, whose record knows the losses before a run was stopped.
@@ -94,9 +97,12 @@ class Best:
 
     def __init__(self, checkpoints: Checkpoints, directory: Path, *, start: int, done: int) -> None:
         self._checkpoints, there, path = checkpoints, checkpoints.steps(), directory / METRICS
-        losses = {
-            row["step"]: row["held_out_loss"] for row in (rows(path) if path.exists() else ()) if "held_out_loss" in row
-        }
+        losses: dict[int, float] = {}
+        for row in rows(path) if path.exists() else ():
+            if "held_out_loss" in row:
+                losses[row["step"]] = row["held_out_loss"]
+            elif "held_out_reward" in row:
+                losses[row["step"]] = -row["held_out_reward"]
         known = [(loss, step) for step, loss in losses.items() if start < step < done and step in there]
         self._loss, self._checkpoints.best = min(known, default=(float("inf"), None))
 

@@ -31,6 +31,13 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[..., tuple["State", Metrics]]  # of the state, a batch, and maybe what is frozen
 
 
+class Critic(NamedTuple):
+    """The value model of PPO, and the moments of its gradient."""
+
+    params: model.Params
+    optimizer: optax.OptState
+
+
 class State(NamedTuple):
     """All that training carries from step to step.
 
@@ -38,11 +45,13 @@ class State(NamedTuple):
       step: int32 scalar, optimiser steps done. The learning rate and the order of the data depend on nothing else.
       params: the parameters that are trained: those of the model, or of an adapter.
       optimizer: moments of the gradient, shaped and split like the parameters.
+      critic: of PPO.
     """
 
     step: jax.Array
     params: model.Params
     optimizer: optax.OptState
+    critic: Critic | None = None
 
 
 def initial_state(config: ModelConfig, optimizer: optax.GradientTransformation, *, seed: int, unroll: bool) -> State:
@@ -69,13 +78,17 @@ def pretrained_state(
             f"{source.path} is quantised, and those weights have no gradient: train an adapter beside them with "
             "adapter = @LoRA, or write them unquantised: python -m qwen_jax.weights.convert SRC DST --dtype bfloat16"
         )
-    params = load_params(source, dtype="float32", stacked=True)
-    if config.model_config.score and not source.config.score:
-        score = jax.jit(lambda: model.init(config.model_config, jax.random.key(config.seed))["score"])()
-        params = {name: node for name, node in params.items() if name != "head"} | {"score": score}
-    if unroll:
-        params = jax.jit(model.unstack_layers)(params)
+    params = loaded(config.model_config, source, seed=config.seed, unroll=unroll)
     return State(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+
+
+def loaded(config: ModelConfig, source: Model, *, seed: int, unroll: bool) -> model.Params:
+    """The weights of a model in float32, under the current mesh, with a fresh score if `config` alone has one."""
+    params = load_params(source, dtype="float32", stacked=True)
+    if config.score and not source.config.score:
+        score = jax.jit(lambda: model.init(config, jax.random.key(seed))["score"])()
+        params = {name: node for name, node in params.items() if name != "head"} | {"score": score}
+    return jax.jit(model.unstack_layers)(params) if unroll else params
 
 
 def adapted_state(
@@ -92,11 +105,19 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
     """Shapes, dtypes and shardings of the state on the current mesh, layers stacked."""
     params = adapters.abstract(config, adapter)[0] if adapter else model.abstract(config)
     whole = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
+    return State(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), *abstract_params(params, optimizer))
+
+
+def abstract_params(
+    params: model.Params, optimizer: optax.GradientTransformation
+) -> tuple[model.Params, optax.OptState]:
+    """Abstract parameters, and the moments that an optimiser has for them."""
+    whole = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
     # The optimiser's own counters have no sharding yet; like everything else they belong on all devices.
     moments = jax.tree.map(
         lambda x: x if x.sharding else x.update(sharding=whole), jax.eval_shape(optimizer.init, params)
     )
-    return State(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params, moments)
+    return params, moments
 
 
 def restored_state(
@@ -185,7 +206,7 @@ def make_train_step(
             "learning_rate": rate,
             "weight": sums["weight"],
         }
-        return State(state.step + 1, params, moments), metrics
+        return State(state.step + 1, params, moments, state.critic), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 

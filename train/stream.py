@@ -7,16 +7,20 @@ import math
 from collections.abc import Callable, Sequence
 
 from qwen_jax.errors import ConfigError
+from qwen_jax.text import Tokenizer
 from qwen_jax.text.chat import FORMATS
 from qwen_jax.text.chat_template import template_of
 from train.config import Pretrained, TrainConfig
-from train.data import Corpus, Rows, TokenShards
-from train.data.config import Chats, Conversations, Data, Part, Preferences
+from train.data import Corpus, Rows, TokenShards, prompts
+from train.data.config import Chats, Conversations, Data, Part, Preferences, Prompts
 from train.data.conversations import ChatFormat
 from train.data.mixture import MixedRows, Schedule
+from train.data.prompts import Prompt
 from train.data.rows import BestFit, Layout, Windows, stream_seed
+from train.reinforcement import Online
 
 TEMPLATE = "chat_template.jinja"
+Sides = tuple[list[Prompt], list[Prompt]]  # to train on, and held out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,8 @@ def chat_format(config: TrainConfig, *, warn: Callable[[str], None]) -> ChatForm
 
     None where there are no conversations. Raises ConfigError where nothing says which, or several do.
     """
-    chats = [part.source for part in config.data.parts if isinstance(part.source, Chats)]
+    chats: list[Chats | Prompts] = [part.source for part in config.data.parts if isinstance(part.source, Chats)]
+    chats += [asked] if (asked := config.data.prompts) and asked.chat else []
     names = {chat.format for chat in chats}
     if len(names) > 1:
         raise ConfigError(
@@ -106,13 +111,38 @@ def layout(shards: TokenShards, part: Part, data: Data, *, seed: int) -> Layout:
     return BestFit(shards, data.sequence_length, seed=seed, too_long=too_long)
 
 
-def count_steps(config: TrainConfig, corpus: Corpus) -> TrainConfig:
-    """The config with its epochs as steps: as many as every row is seen in, the last of them once more perhaps."""
+def read_prompts(
+    config: TrainConfig, tokenizer: Tokenizer, chat: ChatFormat | None, *, report: Callable[[str], None]
+) -> Sides:
+    """The prompts of a run on its own completions, those to train on and those held out; none of another."""
+    if not config.data.prompts:
+        return [], []
+    assert isinstance(config.objective, Online)
+    room = min(config.data.sequence_length + 1, config.model_config.max_position)
+    return prompts.read(
+        config.data.prompts,
+        form=chat and chat.form,
+        tokenizer=tokenizer,
+        longest=room - config.objective.rollout.max_new_tokens,
+        held_out=config.data.held_out,
+        max_bad_fraction=config.data.max_bad_fraction,
+        report=report,
+    )
+
+
+def count_steps(config: TrainConfig, corpus: Corpus, num_prompts: int) -> TrainConfig:
+    """The config with its epochs as steps: as many as every row or prompt is seen in, the last of them again perhaps."""
     if not config.epochs:
         return config
-    pairs = zip(corpus.parts, config.data.parts, strict=True)
-    read = [layout(tokens.train, part, config.data, seed=config.seed) for tokens, part in pairs if part.weight]
-    steps = math.ceil(config.epochs * sum(each.num_rows for each in read) / config.batch_size)
+    if isinstance(config.objective, Online):
+        rollout = config.objective.rollout
+        num_rows = num_prompts * rollout.completions * rollout.passes
+    else:
+        pairs = zip(corpus.parts, config.data.parts, strict=True)
+        num_rows = sum(
+            layout(tokens.train, part, config.data, seed=config.seed).num_rows for tokens, part in pairs if part.weight
+        )
+    steps = math.ceil(config.epochs * num_rows / config.batch_size)
     if steps <= config.schedule.warmup(steps):
         raise ConfigError(
             f"epochs={config.epochs} are {steps} steps of this data, and schedule.warmup_steps="

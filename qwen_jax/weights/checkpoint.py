@@ -81,7 +81,7 @@ class Checkpoint:
         """The arrays of an item, in the tree and on the shardings of `like`; nothing of other items is read.
 
         Args:
-          item: "params" or "optimizer".
+          item: "params", "optimizer" or "critic".
           like: tree of jax.ShapeDtypeStruct with sharding (without: the first device), or of arrays.
 
         Raises ModelError if a name, shape or dtype differs (nothing is cast), or if the files are damaged.
@@ -160,7 +160,14 @@ class Checkpoints:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def save(
-        self, step: int, *, params: Any, optimizer: Any = None, files: Mapping[str, bytes], meta: Mapping[str, Any]
+        self,
+        step: int,
+        *,
+        params: Any,
+        optimizer: Any = None,
+        critic: Any = None,
+        files: Mapping[str, bytes],
+        meta: Mapping[str, Any],
     ) -> None:
         """Copies the arrays to the host and returns; the rest happens in the background.
 
@@ -170,6 +177,7 @@ class Checkpoints:
           step: training step, one that is not saved yet.
           params: tree of jax.Array.
           optimizer: tree of jax.Array; None for weights alone.
+          critic: likewise, of a run that trains another model beside its own.
           files: plain name -> contents, stored beside the arrays.
           meta: JSON values.
 
@@ -177,7 +185,8 @@ class Checkpoints:
         in that last case nothing was started, and the next call will try.
         """
         self.wait()
-        items = {"params": _by_path(params)} | ({} if optimizer is None else {"optimizer": _by_path(optimizer)})
+        given = {"params": params, "optimizer": optimizer, "critic": critic}
+        items = {item: _by_path(tree) for item, tree in given.items() if tree is not None}
         arrays = {item: {path: _describe(x) for path, x in named.items()} for item, named in items.items()}
         if reserved := [name for name in files if "/" in name or name in (ARRAYS, manifest.FILE_NAME)]:
             raise ValueError(f"files named {reserved} cannot be stored: a plain name is wanted, none of ours")

@@ -11,7 +11,7 @@ from qwen_jax.errors import FileError, ModelError
 from qwen_jax.weights.manifest import FILE_NAME, Broken, Manifest
 
 ARRAYS = "arrays"  # the part of a step that Orbax writes, with a folder for each item
-ITEMS = ("params", "optimizer")
+ITEMS = ("params", "optimizer", "critic")
 STEP_NAME = "[0-9]{8}|[1-9][0-9]{8,}"
 
 

@@ -133,9 +133,32 @@ class Preferences:
             raise ConfigError('step_end="" leaves no token to judge a step at; name one, such as "\\n\\n"')
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """What a model is asked in reinforcement learning, with what its answers are judged by.
+
+    Attributes:
+      path, pattern, columns, format, system: as in Conversations. Rows have `prompt`, a text or messages, and whatever
+        columns the rewards look at. Of `messages` a last one of the assistant is left out.
+      chat: whether a text is what a user says; False for one that goes on as it is.
+    """
+
+    path: str
+    pattern: str = ""
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    format: ChatFormat | None = None
+    system: str | None = None
+    chat: bool = True
+
+    def __post_init__(self) -> None:
+        _check_path(self.path, self.pattern)
+        if "" in (*self.columns, *self.columns.values()):
+            raise ConfigError(f"columns={self.columns} has an empty name; leave it out")
+
+
 Chats = Conversations | Preferences
 MOST_COMPLETIONS = 32  # of a prompt, as each is compared with those after it
-Source = Text | PythonStdlib | Chats
+Source = Text | PythonStdlib | Chats | Prompts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,7 +285,17 @@ class Data:
             raise ConfigError(f"held_out={self.held_out} must be a fraction of the documents: 0 or more and below 1")
         if not 0 <= self.max_bad_fraction < 1:
             raise ConfigError(f"max_bad_fraction={self.max_bad_fraction} must be a fraction: 0 or more and below 1")
+        self._check_prompts()
         self._check_packing()
+
+    def _check_prompts(self) -> None:
+        if sum(isinstance(part.source, Prompts) for part in self._all) > 1:
+            raise ConfigError("source has several parts with @Prompts; put their files into one, with a glob")
+        if not self.parts and isinstance(self.tokenizer, TrainBPE):
+            raise ConfigError(
+                "source is @Prompts alone, of which no tokenizer is trained: set tokenizer = @TokenizerFile and "
+                "tokenizer.path to the model"
+            )
 
     def _check_packing(self) -> None:
         chats = [part for part in self.parts if isinstance(part.source, Chats)]
@@ -279,7 +312,16 @@ class Data:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The sources: one alone has no weight to speak of, and its folder of tokens no name."""
+        """The sources of tokens: one alone has no weight to speak of, and its folder of tokens no name."""
+        return tuple(part for part in self._all if not isinstance(part.source, Prompts))
+
+    @property
+    def prompts(self) -> Prompts | None:
+        """The prompts of reinforcement learning."""
+        return next((part.source for part in self._all if isinstance(part.source, Prompts)), None)
+
+    @property
+    def _all(self) -> tuple[Part, ...]:
         if isinstance(self.source, Mixture):
             return self.source.parts
         return (Part(name="all", source=self.source, weight=1.0, tokens=self.tokens),)

@@ -91,7 +91,7 @@ def prepare(
             f"tokens: {len(train):,} to train on{trained}, {len(held_out):,} held out, "
             f"{train.num_characters / len(train):.2f} characters each; of {manifest.source.description}, in {folder}"
         )
-    return Corpus(tokenizer=tokenizers[0], parts=tuple(parts))
+    return Corpus(tokenizer=tokenizers[0] if tokenizers else tokenise.make_tokenizer(reading), parts=tuple(parts))
 
 
 def folder_of(config: Data, part: Part, directory: Path) -> Path:

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_parts(config)
     chat = chat_format(config, warn=report.warn)
     corpus = prepare(config.data, Path(config.run_dir).expanduser(), seed=config.seed, report=report.line, chat=chat)
-    config = count_steps(config, corpus)
+    config = count_steps(config, corpus, 0)
     if not 0 <= options.step < config.steps:
         raise ConfigError(f"--step {options.step} is not one of the {config.steps:,} steps, counted from 0")
     steps, stage = next(each for each in config.stage_configs if options.step in each[0])

@@ -173,7 +173,7 @@ def _write_shards(
         writers = {split: stack.enter_context(ShardWriter(folder, split, **how)) for split in SPLITS}
         for batch in _batches(documents):
             for document, (ids, marks) in zip(batch, encode(tokenizer, batch), strict=True):
-                split = "held_out" if _share(document.decides) < held_out_fraction else "train"
+                split = "held_out" if share(document.decides) < held_out_fraction else "train"
                 writers[split].add(ids, document.text, marks)
             if time.monotonic() - reported > REPORT_SECONDS:
                 reading.report(f"tokens: {tally.documents:,} documents so far")
@@ -196,10 +196,7 @@ def _training_texts(reading: Reading) -> Iterator[str]:
     taken = 0
     for source, files in found:
         for document in reading.documents(source, files, reading.tally(source)):
-            if (
-                _share(document.decides) < reading.config.held_out
-                or _share(document.text, key=str(reading.seed)) >= keep
-            ):
+            if share(document.decides) < reading.config.held_out or share(document.text, key=str(reading.seed)) >= keep:
                 continue
             taken += len(document.text)
             if taken > MAX_TRAINING_BYTES:  # the files were compressed
@@ -207,7 +204,7 @@ def _training_texts(reading: Reading) -> Iterator[str]:
             yield document.plain
 
 
-def _share(text: str, *, key: str = "") -> float:
+def share(text: str, *, key: str = "") -> float:
     """A number in [0, 1) that depends on the text and `key` alone and is uniform over texts."""
     digest = hashlib.blake2b(text.encode(), digest_size=6, key=key.encode()).digest()
     return int.from_bytes(digest, "little") / 2**48

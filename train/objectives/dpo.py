@@ -15,10 +15,12 @@ from train.alignment import DPO
 from train.objectives.judged import Sums, Texts, by_row, compared, groups_of, means, per_text
 
 
-def log_probs(config: ModelConfig, params: Params, batch: Any, **how: Any) -> Float[Array, "B T"]:
-    """The log-probability of each target of a micro-batch; `how` as for `model.forward`."""
+def log_probs(
+    config: ModelConfig, params: Params, batch: Any, *, temperature: float = 1.0, **how: Any
+) -> Float[Array, "B T"]:
+    """The log-probability of each target of a micro-batch at a temperature; `how` as for `model.forward`."""
     hidden = forward(config, params, batch["tokens"], batch["positions"], segments=batch["segments"], **how)
-    return token_log_probs(hidden, head(params), batch["targets"])
+    return token_log_probs(hidden / temperature, head(params), batch["targets"])
 
 
 def loss(
