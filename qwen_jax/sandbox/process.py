@@ -184,7 +184,7 @@ def isolate(*, allow_weak: bool) -> Isolation:
     if best == "none" and not allow_weak:
         raise SandboxError(
             f"this machine cannot lock untrusted code in ({reasons}); allow user namespaces, install bubblewrap, or "
-            "let the code read your files with --allow-weak-sandbox"
+            "let the code read your files: --allow-weak-sandbox, or allow_weak = True in a config"
         )
     return best
 

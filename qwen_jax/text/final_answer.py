@@ -18,7 +18,7 @@ _BOXES = 4  # tried, from the last, until one is closed and not empty
 _PRECISION = 1e-9  # of what is not rational: the rounding of a few dozen operations, and far below any digit written
 
 _BOX = re.compile(r"\\f?boxed\s*(?=\{)|\\f?boxed\s+(\S+)")
-_HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*\S)")
+_HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*+([^\n]*\S)")
 _STATED = re.compile(r"(?:\banswer\s*(?:is|=|:)|答案\s*(?:是|为|：|:))[ \t:：]*([^\n]*\S)", re.IGNORECASE)
 _SENTENCE = re.compile(r"[.。!！](?=\s|$)")
 _NUMBER = re.compile(r"(?:(?<![\w)}.])-)?\$?(?:\d[\d,]*\d|\d)(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?")
@@ -66,6 +66,11 @@ def marked_answer(text: str) -> str | None:
             return content.strip()
     hashes = _HASHES.findall(text)
     return hashes[-1] if hashes else None
+
+
+def reference_answer(reference: str | float) -> str:
+    """The answer of a reference, which is a whole solution that marks it, or the answer itself."""
+    return marked_answer(reference) or reference.strip() if isinstance(reference, str) else repr(reference)
 
 
 def same_answer(answer: str, reference: str) -> bool:

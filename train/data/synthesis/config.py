@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from qwen_jax.config import DType
 from qwen_jax.errors import ConfigError
+from qwen_jax.sandbox.process import Limits
 
 WAYS = ("constrain", "deepen", "concretise", "broaden")
 
@@ -84,6 +85,11 @@ class Sandbox:
         _at_least(self, 1, "memory_mib", "workers")
         if not self.seconds > 0:
             raise ConfigError(f"seconds={self.seconds} must be above 0")
+
+    @property
+    def limits(self) -> Limits:
+        """Of a program."""
+        return Limits(wall_seconds=self.seconds, cpu_seconds=self.seconds, memory_bytes=self.memory_mib << 20)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwen_jax.text.final_answer import final_answer, marked_answer, same_answer
+from qwen_jax.text.final_answer import final_answer, marked_answer, reference_answer, same_answer
 from train.data.synthesis import rows
 from train.data.synthesis.config import Respond
 from train.data.synthesis.rows import Row
@@ -54,9 +54,8 @@ class RespondStage(Stage):
     def _reference(self, row: Row) -> str:
         value = row.get(self._config.reference)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return repr(value)
-        reference = rows.text(row, self._config.reference)
-        return marked_answer(reference) or reference.strip()
+            return reference_answer(value)
+        return reference_answer(rows.text(row, self._config.reference))
 
 
 def _message(answer: Answer) -> dict[str, str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qwen_jax.sandbox.verify import fraction_passed
 from train.data.synthesis import rows
 from train.data.synthesis.config import VerifyInstructions
 from train.data.synthesis.rows import Row
-from train.data.synthesis.sandboxes import evaluate
 from train.data.synthesis.stages import Outcome, Stage, Work
 
 
@@ -26,12 +26,12 @@ class VerifyInstructionsStage(Stage):
         yield from ()
         config, outcome = self._config, Outcome()
         response = rows.answer(row, config.field)
-        said = [(evaluate(program, [response], config.sandbox) or [None])[0] for program in self._verifiers(row)]
-        passed = sum(value is True for value in said) / len(said)
-        if passed >= config.min_passed:
-            outcome.kept.append({**row, "passed": round(passed, 3)})
+        limits, allow_weak = config.sandbox.limits, config.sandbox.allow_weak
+        passed = fraction_passed(self._verifiers(row), response, limits=limits, allow_weak=allow_weak)
+        if (passed or 0) >= config.min_passed:
+            outcome.kept.append({**row, "passed": round(passed or 0, 3)})
         else:
-            outcome.dropped["verifiers do not run" if set(said) == {None} else "not followed"] += 1
+            outcome.dropped["verifiers do not run" if passed is None else "not followed"] += 1
         return outcome
 
     def _verifiers(self, row: Row) -> Sequence[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwen_jax.sandbox.verify import evaluate
 from train.data.synthesis import rows
 from train.data.synthesis.config import WriteVerifiers
 from train.data.synthesis.prompts import Prompt
 from train.data.synthesis.rows import Row
-from train.data.synthesis.sandboxes import evaluate
 from train.data.synthesis.stages import Answer, Ask, Outcome, Stage, Work
 
 _CASE = {
@@ -41,7 +41,7 @@ class WriteVerifiersStage(Stage):
         rows.instruction(row, self._config.field)
 
     def work(self, row: Row, index: int) -> Work:
-        config, outcome = self._config, Outcome()
+        config, sandbox, outcome = self._config, self._config.sandbox, Outcome()
         question = self._prompt.fill(instruction=rows.instruction(row, config.field))
         answers = yield [Ask.user(question, _SCHEMA)] * config.samples
         programs: dict[str, None] = {}
@@ -50,8 +50,9 @@ class WriteVerifiersStage(Stage):
             if fault := answer.fault or _read(answer, programs, cases):
                 outcome.dropped[f"verifier: {fault}"] += 1
         said: dict[str, Said] = {}
+        responses = [response for response, _ in cases]
         for program in programs:
-            values = evaluate(program, [response for response, _ in cases], config.sandbox)
+            values = evaluate(program, responses, limits=sandbox.limits, allow_weak=sandbox.allow_weak)
             if values is None:
                 outcome.dropped["verifier: does not run"] += 1
             else:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from qwen_jax.errors import ConfigError, SandboxError
 from qwen_jax.sandbox.grade import grade
+from qwen_jax.sandbox.problem import problem
 from qwen_jax.sandbox.process import isolate
 from tests.train.data.synthesis.conftest import MODEL
 from train.data.synthesis.evolve import refuses
@@ -20,7 +21,6 @@ from train.data.synthesis.prompts import FOLDER, Prompt
 from train.data.synthesis.repurpose import parts
 from train.data.synthesis.select import select
 from train.data.synthesis.tag import clean, merge
-from train.data.synthesis.verify_code import problem
 from train.data.synthesis.write_verifiers import agreeing
 
 SHARED = Path(__file__).parents[5] / "shared/data"
