@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen_jax.errors import ConfigError
+from qwen_jax.sandbox.process import Limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,11 @@ class Verifier:
             raise ConfigError('column="" names no column of the rows')
         if not self.seconds > 0 or self.memory_mib < 1:
             raise ConfigError(f"seconds={self.seconds} and memory_mib={self.memory_mib} must be above 0")
+
+    @property
+    def limits(self) -> Limits:
+        """Of a program."""
+        return Limits(wall_seconds=self.seconds, cpu_seconds=self.seconds, memory_bytes=self.memory_mib << 20)
 
 
 @dataclass(frozen=True, kw_only=True)
