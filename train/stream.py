@@ -131,7 +131,7 @@ def read_prompts(
 
 
 def count_steps(config: TrainConfig, corpus: Corpus, num_prompts: int) -> TrainConfig:
-    """The config with its epochs as steps: as many as every row or prompt is seen in, the last of them again perhaps."""
+    """The config with its epochs as steps: as many as every row or prompt is seen in, the last again perhaps."""
     if not config.epochs:
         return config
     if isinstance(config.objective, Online):
