@@ -96,15 +96,6 @@ def describe(config: TrainConfig, adapter: LoRA) -> bytes:
     return Adapter(base=base, scale=adapter.scale, dropout=adapter.dropout, arrays={}).to_json()
 
 
-def check_base(config: TrainConfig) -> None:
-    """Raises ConfigError for an adapter of a model that has no weights yet."""
-    if config.adapter and not isinstance(config.model, Pretrained):
-        raise ConfigError(
-            "an adapter is trained beside the weights of a model: set model = @Pretrained and model.path, or leave "
-            "adapter out"
-        )
-
-
 def check_source(config: TrainConfig, source: Model, checkpoint: Checkpoint | None) -> str:
     """What tells the base from others of its shape: a digest of the first row of each of its tensors.
 

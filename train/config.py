@@ -502,12 +502,6 @@ class TrainConfig:
         if online != bool(self.data.prompts):
             has, wants = ("@Prompts" if x else "no @Prompts" for x in (self.data.prompts, online))
             raise ConfigError(f"objective {kind} wants {wants} as data.source, or a part of it, and there is {has}")
-        if isinstance(self.objective, DPO) and not isinstance(self.model, Pretrained):
-            raise ConfigError("objective DPO compares with the model that the run begins with: set model = @Pretrained")
-        if self.merging and not isinstance(self.model, Pretrained):
-            raise ConfigError(
-                "merging is of a model with weights: set model = @Pretrained and model.path, or leave it out"
-            )
         if self.merging and self.adapter:
             raise ConfigError("merging and an adapter do not go together: what was learned before is in all parameters")
 
@@ -538,12 +532,6 @@ class TrainConfig:
             raise ConfigError(
                 f"objective {kind} compares probabilities, which noise and dropout would change: set adapter.dropout = "
                 "0.0 and leave noise out"
-            )
-        if isinstance(self.objective, PPO) and not isinstance(self.model, Pretrained):
-            raise ConfigError("objective PPO has a critic that begins with a model: set model = @Pretrained")
-        if self.compares and not isinstance(self.model, Pretrained):
-            raise ConfigError(
-                f"objective {kind} compares with the model that the run begins with: set model = @Pretrained"
             )
 
     @property

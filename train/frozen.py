@@ -9,14 +9,30 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax import model
-from qwen_jax.errors import ModelError
+from qwen_jax.errors import ConfigError, ModelError
 from qwen_jax.model import Params
 from qwen_jax.weights.load import load_params
 from qwen_jax.weights.source import Model, open_model
 from train import adapter
 from train.adapter import Frozen
 from train.alignment import OnlineMerging
-from train.config import TrainConfig
+from train.config import Pretrained, TrainConfig
+from train.reinforcement import Online
+
+
+def check_weights(config: TrainConfig) -> None:
+    """Raises ConfigError for a run that wants weights and names a shape alone, which can only be planned."""
+    if isinstance(config.model, Pretrained):
+        return
+    kind = type(config.objective).__name__
+    wants = {
+        "an adapter is trained beside the weights of a model": config.adapter is not None,
+        "merging is of a model with weights": config.merging is not None,
+        f"objective {kind} compares with the model that the run begins with": config.compares,
+        f"objective {kind} goes on from a model that can already answer": isinstance(config.objective, Online),
+    }
+    for reason in (reason for reason, is_so in wants.items() if is_so):
+        raise ConfigError(f"{reason}: set model = @Pretrained and model.path")
 
 
 def is_needed(config: TrainConfig) -> bool:

@@ -44,6 +44,15 @@ class Made(NamedTuple):
     finished: bool
 
 
+def capacity(config: TrainConfig, longest: int) -> Capacity:
+    """What the engine of a run has room for, where a prompt and its completion have so many tokens at most."""
+    assert isinstance(config.objective, Online)
+    rollout = config.objective.rollout
+    rows = min(rollout.max_rows or _MOST_ROWS, config.completions_per_episode)
+    tokens = rollout.cache_tokens or rows * -(-longest // _PAGE) * _PAGE
+    return Capacity(max_rows=rows, max_length=longest, cache_tokens=tokens, page_size=_PAGE)
+
+
 class Player:
     """Has prompts answered with weights as they are, and the answers judged; one at a time, in a thread of its own."""
 
@@ -68,13 +77,11 @@ class Player:
         self._tokenizer, self._judge = tokenizer, judge
         self._stop_ids = frozenset({tokenizer.end_of_text}) | turn_ends(tokenizer)
         longest = max(len(prompt.ids) for side in prompts for prompt in side) + rollout.max_new_tokens
-        rows = min(rollout.max_rows or _MOST_ROWS, config.completions_per_episode)
-        pages = rollout.cache_tokens or rows * -(-longest // _PAGE) * _PAGE
         self._follower = Follower(
             config.model_config,
             num_tokens=tokenizer.num_tokens,
             mesh=mesh,
-            capacity=Capacity(max_rows=rows, max_length=longest, cache_tokens=pages, page_size=_PAGE),
+            capacity=capacity(config, longest),
             adapter=config.adapter,
         )
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rollout")

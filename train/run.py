@@ -72,7 +72,7 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
     Raises:
       UserError: of every kind; NumericalError at the first loss or gradient that is not finite.
     """
-    adapter.check_base(config)
+    kept.check_weights(config)
     join_hosts()
     first_host = jax.process_index() == 0
     report = Report(quiet=not first_host)

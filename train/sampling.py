@@ -52,7 +52,7 @@ class Follower:
         self._config = dataclasses.replace(config, param_dtype=config.dtype)
         self._num_tokens, self._capacity = num_tokens, capacity
         self._trained_on, self._mesh = mesh, _without_context(mesh)
-        self._ready = _prepare(config, adapter)
+        self._ready = prepare(config, adapter)
         self._engine: Engine | None = None
 
     @contextlib.contextmanager
@@ -90,7 +90,7 @@ def _without_context(mesh: Mesh) -> Mesh:
     return Mesh(grid.reshape(data * context, fsdp, 1, expert, tensor), mesh.axis_names, axis_types=mesh.axis_types)
 
 
-def _prepare(config: ModelConfig, adapter: LoRA | None) -> Callable[[Params, Frozen], Params]:
+def prepare(config: ModelConfig, adapter: LoRA | None) -> Callable[[Params, Frozen], Params]:
     """Of what is trained and what is not, the parameters that an engine takes; nothing given is used up."""
     joined, dtype = join(adapter), jnp.dtype(config.dtype)
     whole = lambda w: isinstance(w, Adapted | Quantized)

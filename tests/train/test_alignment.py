@@ -14,7 +14,7 @@ import pytest
 
 from infer.__main__ import main as infer
 from qwen_jax.config import Score
-from qwen_jax.errors import SAVED_PLEASE_RESTART, ModelError
+from qwen_jax.errors import SAVED_PLEASE_RESTART, ConfigError, ModelError
 from qwen_jax.weights import convert
 from qwen_jax.weights.source import open_model
 from tests.published import publish
@@ -90,6 +90,11 @@ def test_a_reward_model_is_trained_published_and_scores(pairs, tmp_path, capsys)
     assert len(set(here)) == len(here)
     with pytest.raises(ModelError, match="is a language model and scores nothing"):
         ask(pairs.model.path)
+
+
+def test_what_compares_begins_with_weights(pairs):
+    with pytest.raises(ConfigError, match="objective DPO compares with the model that the run begins with: set model"):
+        run(dataclasses.replace(pairs, model=pairs.model_config))
 
 
 def test_rows_of_pairs_are_shown(pairs, tmp_path, capsys):

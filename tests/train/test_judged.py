@@ -206,7 +206,6 @@ REFUSED = {
     "objective LM reads texts or conversations; data.source has completions": lambda c: dataclasses.replace(
         c(Reward()), objective=type(c(Reward())).__dataclass_fields__["objective"].default
     ),
-    "objective DPO compares with the model that the run begins with": lambda c: c(DPO()),
     "leave adapter out": lambda c: dataclasses.replace(c(Reward()), adapter=LoRA()),
     "objective ProcessReward reads solutions whose steps are judged": lambda c: c(ProcessReward()),
     "trains a model with a score of 1 labels, and this one has a score of 3 labels": lambda c: dataclasses.replace(

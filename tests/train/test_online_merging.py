@@ -154,7 +154,7 @@ def test_what_a_model_was_tuned_from_has_its_shape(config, tmp_path):
     for name, each in (("a", config.model_config), ("b", dataclasses.replace(config.model_config, norm_eps=1e-5))):
         publish(tmp_path / name, each, "qwen2")
     with pytest.raises(ConfigError, match="merging is of a model with weights"):
-        dataclasses.replace(config, merging=merging())
+        frozen.check_weights(dataclasses.replace(config, merging=merging()))
     asked = Pretrained(path=str(tmp_path / "a"), dtype="float32")
     other = dataclasses.replace(config, model=asked, merging=OnlineMerging(base=str(tmp_path / "b")))
     with open_model(tmp_path / "a") as source, pytest.raises(ModelError, match="is of another shape than"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import sys
 import time
@@ -17,12 +16,13 @@ from jax.experimental import topologies
 
 from qwen_jax import bindings, model, sharding
 from qwen_jax.command import run_command
-from train import frozen
+from train import critic, frozen
 from train.config import TrainConfig
 from train.feed import abstract_batch
-from train.plan import hlo
+from train.plan import hlo, phases
 from train.plan.compiled import Compiled
 from train.plan.topology import Topology, parse
+from train.reinforcement import Online
 from train.step import abstract_state, configured, unrolled
 
 # What the compiler says when HBM is too small, e.g. "Used 20.11G of 15.75G hbm" or "(480.00G) exceeds available HBM".
@@ -46,29 +46,39 @@ def compile_here(config: TrainConfig, topology: Topology) -> tuple[Compiled, str
     with jax.set_mesh(mesh):
         _, optimizer, step = configured(config)
         state, batch = abstract_state(config.model_config, optimizer, config.adapter), abstract_batch(config)
+        state = state._replace(critic=critic.abstract(config))
         kept = frozen.abstract(config)
         if unrolled(config, mesh):
             state, kept = jax.eval_shape(model.unstack_layers, (state, kept))
         lowered, start = step.lower(state, batch, kept), time.perf_counter()
-        peak, text = peak_of(lowered)
+        peak, text = peak_of(lowered, beside=phases.size((state, kept)))
+        more = phases.lowered(config, state, kept) if isinstance(config.objective, Online) else {}
+        peaks = {name: peak_of(program, beside=held)[0] for name, (program, held) in more.items()}
+        worst = max([peak, *peaks.values()])
     places = [(getattr(device, "slice_index", 0), *device.coords) for device in mesh.devices.flat]
     compiled = Compiled(
         seconds=time.perf_counter() - start,
-        parameters=_bytes((state.params, kept)),
-        optimizer=_bytes(state.optimizer),
-        batch=_bytes(batch),
-        peak=peak,
-        program=hlo.read(text) if text else None,
+        parameters=phases.size((state.params, kept)),
+        optimizer=phases.size(state.optimizer),
+        batch=phases.size(batch),
+        peak=worst,
+        phases={"step": peak, **peaks} if peaks else {},
+        program=hlo.read(text) if text and worst <= topology.hbm else None,
         places=places,
     )
     return compiled, text
 
 
-def peak_of(lowered: jax.stages.Lowered) -> tuple[int, str]:
-    """Bytes in use at the worst moment, and the text of the program; "" where it does not fit, which it then wanted."""
+def peak_of(lowered: jax.stages.Lowered, *, beside: int = 0) -> tuple[int, str]:
+    """Bytes in use at the worst moment, and the text of the program; "" where it does not fit, which it then wanted.
+
+    There are `beside` bytes all the time, of which what the program takes as arguments is a part.
+    """
     try:
         executable = lowered.compile()
-        return executable.memory_analysis().peak_memory_in_bytes, executable.as_text()
+        memory = executable.memory_analysis()
+        there = memory.argument_size_in_bytes
+        return memory.peak_memory_in_bytes + max(0, beside - there), executable.as_text()
     except jax.errors.JaxRuntimeError as error:
         needed = _NEEDED.search(str(error))
         if needed is None:
@@ -87,11 +97,6 @@ def devices(topology: Topology) -> Sequence[Any]:
         chips_per_host_bounds=(min(shape[0], 2), min(shape[1], 2), 1),
         num_slices=topology.slices,
     ).devices
-
-
-def _bytes(tree: Any) -> int:
-    """Bytes of the arrays of a tree on one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 if __name__ == "__main__":

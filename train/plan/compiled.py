@@ -38,6 +38,7 @@ class Compiled:
       seconds: that compiling took.
       parameters, optimizer, batch: bytes of what goes into the step.
       peak: bytes in use at the worst moment, those included; if it does not fit, what the compiler wanted.
+      phases: the same of each phase of an episode, of objectives on the model's own completions.
       program: what it does; None if it needs more memory than a device has.
       places: slice number and coordinates of each device of the mesh, in its order.
     """
@@ -49,6 +50,7 @@ class Compiled:
     peak: int
     program: Program | None
     places: list[tuple[int, ...]]
+    phases: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def versions() -> str:

@@ -31,6 +31,7 @@ def render(config: TrainConfig, topology: Topology, compiled: Compiled, prefix: 
 def as_json(config: TrainConfig, topology: Topology, compiled: Compiled, prefix: str = "") -> dict[str, Any]:
     """The same for programs; bytes and FLOPs are of one device, seconds of one step."""
     memory = memory_by_kind(config, compiled) | {"peak": compiled.peak, "limit": topology.hbm}
+    memory |= {"phases": compiled.phases} if compiled.phases else {}
     out: dict[str, Any] = {
         "label": label(),
         "topology": str(topology),
@@ -106,6 +107,8 @@ def _memory(config: TrainConfig, topology: Topology, compiled: Compiled) -> Iter
     yield f"{'HBM per device':<16}{'GiB':>8}"
     for kind, size in memory_by_kind(config, compiled).items():
         yield f"  {kind:<14}{size / GIB:>8.2f}  {notes.get(kind, '')}".rstrip()
+    for name, size in compiled.phases.items():
+        yield f"  at most in {name:<10}{size / GIB:>5.2f}"
     part = compiled.peak / topology.hbm
     filled = min(_BAR, round(part * _BAR))
     bar = "#" * filled + "." * (_BAR - filled)

@@ -1,0 +1,73 @@
+"""What an episode of reinforcement learning holds on a device, phase by phase: each is compiled, none runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax import model
+from qwen_jax.engine.steps import Inputs, compute
+from qwen_jax.ops.pages import Rows, kv_heads
+from train import critic, objectives
+from train.adapter import Frozen
+from train.config import TrainConfig
+from train.feed import abstract_batch
+from train.reinforcement import PPO, Online
+from train.rollout import capacity
+from train.sampling import prepare
+from train.step import State
+
+
+def lowered(config: TrainConfig, state: State, kept: Frozen) -> dict[str, tuple[jax.stages.Lowered, int]]:
+    """The programs of a run on its own completions beside the policy's step, on the current mesh, by phase.
+
+    With each comes what is there all the time, its arguments included, in bytes of one device. In "rollout", a step of
+    the engine, all rows decode; "look" is what model, reference and critic say of a micro-batch; "critic" is its step.
+    """
+    assert isinstance(config.objective, Online)
+    everything = size((state, kept))
+    rollout, own = _rollout(config, state, kept)
+    found = {"rollout": (rollout, everything + own)}
+    batch = abstract_batch(config)
+    if objectives.look_names(config):
+        micro = jax.tree.map(_one, batch)
+        params = state.critic and state.critic.params
+        found["look"] = objectives.look(config).lower(state.params, kept, params, micro), everything
+    if isinstance(config.objective, PPO) and state.critic:
+        alone = State(state.step, *state.critic)
+        found["critic"] = critic.value_step(config).lower(alone, batch), everything
+    return found
+
+
+def size(tree: Any) -> int:
+    """Bytes of the arrays of a tree on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """A micro-batch of arrays [accumulation, ...]."""
+    assert isinstance(x.sharding, jax.NamedSharding)
+    split = jax.NamedSharding(x.sharding.mesh, jax.P(*x.sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=split)
+
+
+def _rollout(config: TrainConfig, state: State, kept: Frozen) -> tuple[jax.stages.Lowered, int]:
+    """A step of the engine, and the bytes of its weights and cache."""
+    room = capacity(config, config.data.sequence_length + 1)
+    shape = dataclasses.replace(config.model_config, param_dtype=config.model_config.dtype)
+    params = jax.eval_shape(prepare(shape, config.adapter), state.params, Frozen(base=kept.base))
+    params = jax.eval_shape(model.repeat_kv_heads, params)
+    assert room.cache_tokens and room.max_length
+    cache = jax.eval_shape(lambda: model.make_cache(shape, room.cache_tokens // room.page_size, room.page_size))
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)
+    count, width = room.max_rows, -(-room.max_length // room.page_size)
+    rows = Rows(lengths=ints(count), table=ints(count, width), counts=ints(count), width=1)
+    shape = dataclasses.replace(shape, num_kv_heads=kv_heads(shape.num_kv_heads))
+    inputs = Inputs(rows=rows, places=ints(count))
+    last = jax.ShapeDtypeStruct((count + 1,), jnp.int32)
+    return compute.lower(shape, params, cache, last, inputs), size((params, cache))
