@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import hashlib
 import json
 import sys
@@ -12,32 +10,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from infer.config import Score
 from infer.prompts import Prompt, read_prompts
 from infer.terminal import warn
-from qwen_jax import model
+from qwen_jax.engine.scoring import Scorer, Text, closed, encode_row
 from qwen_jax.errors import ConfigError, DataError, FileError, ModelError, UserError
 from qwen_jax.resumable import ResumableFile
 from qwen_jax.sharding import make_mesh
 from qwen_jax.text import Tokenizer
-from qwen_jax.text.chat import FORMATS, Format, Piece, encode
+from qwen_jax.text.chat import FORMATS, Format
 from qwen_jax.text.template import JinjaFormat
-from qwen_jax.weights.load import load_params
 from qwen_jax.weights.source import Model, open_model
 from qwen_jax.weights.usage import read_usage
-
-LENGTHS = 64  # texts are filled up to a multiple of this, so that few shapes are compiled
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """Ids of a text, and at which of them it is scored."""
-
-    ids: Sequence[int]
-    places: Sequence[int]
 
 
 def run(options: Score) -> int:
@@ -63,27 +49,11 @@ def run(options: Score) -> int:
 def _score(
     options: Score, source: Model, texts: Sequence[Text], missing: Sequence[int], write: Callable[[int, dict], None]
 ) -> None:
-    """Scores texts by their rows, those of about a length together."""
+    """Scores texts by their rows."""
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
-        config = dataclasses.replace(source.config, dtype=options.dtype or source.config.dtype)
-        params = load_params(source, dtype=config.dtype, stacked=False)
-        # The longest first: if there is no room for them, that is said at once.
-        order = sorted(missing, key=lambda row: -len(texts[row].ids))
-        for start in range(0, len(order), options.batch_size):
-            rows = order[start : start + options.batch_size]
-            length = -(-max(len(texts[row].ids) for row in rows) // LENGTHS) * LENGTHS
-            tokens, real = np.zeros((2, options.batch_size, length), np.int32)
-            for i, row in enumerate(rows):
-                tokens[i, : len(texts[row].ids)], real[i, : len(texts[row].ids)] = texts[row].ids, 1
-            found = np.asarray(_scores(config, params, tokens, real))
-            for i, row in enumerate(rows):
-                write(row, _row(found[i, list(texts[row].places)], steps=options.step_end is not None))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _scores(config: Any, params: model.Params, tokens: jax.Array, real: jax.Array) -> jax.Array:
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return model.scores(config, params, model.forward(config, params, tokens, positions, segments=real))
+        scorer = Scorer(source, dtype=options.dtype)
+        for number, scores in scorer([texts[row] for row in missing], batch_size=options.batch_size):
+            write(missing[number], _row(scores, steps=options.step_end is not None))
 
 
 def _row(scores: np.ndarray, *, steps: bool) -> dict[str, Any]:
@@ -99,41 +69,14 @@ def _form(options: Score, source: Model, tokenizer: Tokenizer) -> Format | Jinja
     form = form or read_usage(source, tokenizer, warn=lambda _: None).chat_format(tokenizer, warn=warn)
     if form is None:
         raise ConfigError(f"{source.path} has no chat template; choose a format with --format: {', '.join(FORMATS)}")
-    # A text is scored when it has ended, as in training.
-    return dataclasses.replace(form, open_end=False) if isinstance(form, Format) else form
+    return closed(form)
 
 
 def _encode(prompt: Prompt, tokenizer: Tokenizer, form: Format | JinjaFormat | None, step_end: str | None) -> Text:
-    """A text, or a conversation up to the end of its last answer."""
     try:
-        if form is not None and prompt.is_chat:
-            if prompt.row["messages"][-1]["role"] != "assistant":
-                raise DataError("the last message is not the assistant's, which is what is scored")
-            pieces = form.render(prompt.row["messages"], tools=prompt.row.get("tools"))
-        else:
-            pieces = [Piece(text=prompt.row["prompt"], trained=True)]
-        encoded = encode(tokenizer, [part for piece in pieces for part in _parts(piece, step_end)])
+        return encode_row(prompt.row, tokenizer, form, step_end=step_end)
     except UserError as error:
         raise type(error)(f"{prompt.where}: {error}") from error
-    flags = [*(encoded.trained or []), False]
-    places = [at for at in range(len(encoded.ids)) if flags[at] and not flags[at + 1]]
-    if step_end is None:
-        places = [len(encoded.ids) - 1]
-    if not encoded.ids or not places:
-        raise DataError(f"{prompt.where}: nothing to score" + (f"; no step ends with {step_end!r}" if step_end else ""))
-    return Text(encoded.ids, places)
-
-
-def _parts(piece: Piece, step_end: str | None) -> Iterator[Piece]:
-    """A piece of which nothing is marked but the ends of steps."""
-    if step_end is None or piece.trusted or not piece.trained:
-        yield dataclasses.replace(piece, trained=False)
-        return
-    *steps, rest = piece.text.split(step_end)
-    for step in steps:
-        yield Piece(text=step)
-        yield Piece(text=step_end, trusted=True, trained=True)
-    yield Piece(text=rest)
 
 
 @contextlib.contextmanager

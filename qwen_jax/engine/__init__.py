@@ -12,6 +12,7 @@ chat_completion  the thought, the words and the calls of such a text
 structured  what an answer may be: JSON, calls of tools, patterns
 stop        stop strings in text that arrives in pieces
 checkpoint  an engine from a model on disk
+scoring     what a reward model thinks of texts
 """
 
 from qwen_jax.engine.chat_completion import ChatCompletion

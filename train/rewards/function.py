@@ -135,7 +135,7 @@ class _Process:
                 start_new_session=True,  # Ctrl-C is for us alone
             )
         try:
-            self._receive(time.monotonic() + _START_SECONDS)
+            self._receive(_START_SECONDS)
         except _Failure:
             self.end()
             raise
@@ -144,11 +144,10 @@ class _Process:
         """A reward for each completion, or why there is none; a _Failure for all of them."""
         if self._process is None:
             self.start()
-        deadline = time.monotonic() + seconds
         with contextlib.suppress(OSError):  # what became of it is for `_receive` to say
             self._socket.settimeout(seconds)
             self._socket.sendall(json.dumps(call).encode() + b"\n")
-        return self._receive(deadline)["rewards"]
+        return self._receive(seconds)["rewards"]
 
     def end(self) -> None:
         if self._process is not None:
@@ -158,9 +157,9 @@ class _Process:
             self._socket.close()
         self._process = None
 
-    def _receive(self, deadline: float) -> dict[str, Any]:
+    def _receive(self, seconds: float) -> dict[str, Any]:
         assert self._process
-        line = bytearray()
+        deadline, line = time.monotonic() + seconds, bytearray()
         try:
             while not line.endswith(b"\n"):
                 self._socket.settimeout(max(1e-3, deadline - time.monotonic()))
@@ -170,7 +169,7 @@ class _Process:
             answer = json.loads(line)
         except TimeoutError:
             self.end()
-            raise _Failure("took too long") from None
+            raise _Failure("took too long", f"it took more than {seconds:.3g} s") from None
         except (ConnectionError, ValueError):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_EXIT_SECONDS)

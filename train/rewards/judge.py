@@ -17,6 +17,7 @@ from qwen_jax.text.template import JinjaFormat
 from train.reinforcement import Online
 from train.rewards.config import Function, RewardModel, Verifier
 from train.rewards.function import FunctionReward
+from train.rewards.model import ModelReward
 from train.rewards.verdicts import Sample, Source
 from train.rewards.verifiers import Rule
 
@@ -70,7 +71,7 @@ class Judge(contextlib.AbstractContextManager):
                     case Function() as config:
                         source = FunctionReward(config, warn=warn)
                     case RewardModel() as config:
-                        raise NotImplementedError
+                        source = ModelReward(config, form=form, tokenizer=tokenizer, mesh=mesh, warn=warn)
                 stack.callback(source.close)
                 self._sources.append(source)
             self._stack = stack.pop_all()

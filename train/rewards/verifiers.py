@@ -32,6 +32,13 @@ _OPERATIONS: Mapping[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Div: operator.truediv,
 }
 _IN_SANDBOX = ("code", "instructions")
+_WANTED = {
+    "math": "a text or a number",
+    "tagged": "a text or a number",
+    "countdown": '{"numbers": [...], "target": ...} of whole numbers',
+    "code": "the code of its tests",
+    "instructions": "a program, or a list of them",
+}
 
 
 def math_answer(completion: str, answer: str | float) -> bool:
@@ -82,16 +89,20 @@ class Rule:
     def __init__(self, config: Verifier) -> None:
         """SandboxError where it needs a sandbox and none can be had."""
         self._config = config
+        self._column = "meta" if config.name == "countdown" else config.column
         if config.name in _IN_SANDBOX:
             isolate(allow_weak=config.allow_weak)
         self._pool = ThreadPoolExecutor(os.cpu_count() if config.name in _IN_SANDBOX else 1)
 
     def check(self, columns: Mapping[str, Any]) -> None:
         """Raises DataError if a row of prompts lacks what completions are compared with."""
-        column, wanted = self._wanted(columns)
-        if wanted:
-            found = f"a {type(columns[column]).__name__}" if column in columns else "missing"
-            raise DataError(f'column "{column}" is {found}; verifier {self._config.name} wants {wanted}')
+        name, column, wanted = self._config.name, self._column, _WANTED[self._config.name]
+        if name == "code" and not isinstance(columns.get("entry_point", ""), str):
+            column, wanted = "entry_point", "the name of a function"
+        elif _fits(name, columns.get(column)):
+            return
+        found = f"holds a {type(columns[column]).__name__}" if column in columns else "is missing"
+        raise DataError(f'column "{column}" {found}, and verifier {name} wants {wanted}')
 
     def __call__(self, samples: Sequence[Sample]) -> Verdicts:
         """1 where the rule is met, 0 where not. No verdict where a sandbox breaks; SandboxError if all do."""
@@ -111,7 +122,7 @@ class Rule:
 
     def _judge(self, sample: Sample) -> float:
         config, completion = self._config, sample.completion
-        found = sample.columns["meta" if config.name == "countdown" else config.column]
+        found = sample.columns[self._column]
         sandbox: dict[str, Any] = {"limits": config.limits, "allow_weak": config.allow_weak}
         match config.name:
             case "math":
@@ -129,23 +140,16 @@ class Rule:
                 programs = [found] if isinstance(found, str) else found
                 return fraction_passed(programs, completion, **sandbox) or 0.0
 
-    def _wanted(self, columns: Mapping[str, Any]) -> tuple[str, str]:
-        """A column that cannot be used, and what it is to be; "" where all can."""
-        name, column = self._config.name, self._config.column
-        found = columns.get(column)
-        if name == "countdown":
-            meta = columns.get("meta")
-            numbers, target = (meta.get("numbers"), meta.get("target")) if isinstance(meta, Mapping) else (None, None)
-            fits = isinstance(numbers, list) and all(type(each) is int for each in [*numbers, target])
-            return "meta", "" if fits else '{"numbers": [...], "target": ...}, whole numbers'
-        if name == "instructions":
-            programs = [found] if isinstance(found, str) else found
-            fits = isinstance(programs, list) and programs and all(isinstance(each, str) for each in programs)
-            return column, "" if fits else "a program, or a list of them"
-        if name == "code" and not isinstance(columns.get("entry_point", ""), str):
-            return "entry_point", "the name of a function"
-        fits = isinstance(found, str) and found.strip()
-        if name == "code":
-            return column, "" if fits else "the code of its tests"
-        fits = fits or (isinstance(found, int | float) and not isinstance(found, bool))
-        return column, "" if fits else "a text or a number"
+
+def _fits(name: str, found: Any) -> bool:
+    """Whether a rule can compare completions with what is found in a row."""
+    is_text = lambda value: isinstance(value, str) and bool(value.strip())
+    match name:
+        case "countdown":
+            given = isinstance(found, Mapping) and isinstance(found.get("numbers"), list)
+            return given and all(type(number) is int for number in [*found["numbers"], found.get("target")])
+        case "instructions":
+            return is_text(found) or (isinstance(found, list) and bool(found) and all(map(is_text, found)))
+        case "code":
+            return is_text(found)
+    return is_text(found) or (isinstance(found, int | float) and not isinstance(found, bool))
