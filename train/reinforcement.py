@@ -91,6 +91,8 @@ class Online:
         kinds = sorted(type(reward.source).__name__ for reward in self.rewards)
         if self.shaping == "qwen2.5-math" and kinds != ["RewardModel", "Verifier"]:
             raise ConfigError(f"shaping='qwen2.5-math' is of a RewardModel and a Verifier, and rewards are {kinds}")
+        if self.shaping == "qwen2.5-math" and any(reward.weight != 1 for reward in self.rewards):
+            raise ConfigError("shaping='qwen2.5-math' has no weights; leave objective.rewards.*.weight out")
         for name in ("kl", "clip", "clip_high"):
             if (value := getattr(self, name, None)) is not None and not value >= 0:
                 raise ConfigError(f"{name}={value} must not be negative")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +20,8 @@ class Verifier:
         "code" for a program that passes the tests in `column`, run in the sandbox; "instructions" for the part of the
         programs in `column` that pass it, likewise.
       column: what is compared with.
-      seconds: that one completion may take; after that it is not met.
-      memory_mib: likewise, of the sandbox.
+      seconds: that a program may take in the sandbox; one that takes more does not pass.
+      memory_mib: that it may use, likewise.
       allow_weak: judge where no sandbox can be had, with processes of less isolation.
     """
 
@@ -33,8 +34,8 @@ class Verifier:
     def __post_init__(self) -> None:
         if not self.column:
             raise ConfigError('column="" names no column of the rows')
-        if not self.seconds > 0 or self.memory_mib < 1:
-            raise ConfigError(f"seconds={self.seconds} and memory_mib={self.memory_mib} must be above 0")
+        if not 0 < self.seconds < math.inf or self.memory_mib < 1:
+            raise ConfigError(f"seconds={self.seconds} and memory_mib={self.memory_mib} must be numbers above 0")
 
     @property
     def limits(self) -> Limits:
@@ -47,7 +48,8 @@ class Function:
     """A function of a Python file: f(prompts, completions, **columns) -> list[float], as TRL has them.
 
     It runs in a process of its own, which is ended when it takes too long, and begun anew. Prompts and completions are
-    texts, or messages where the prompts are; None is no verdict, and such a completion is left out.
+    texts, or messages where the prompts are; None is no verdict, and such a completion is left out. A call that fails
+    is made again in halves, within four times its seconds, so that a completion costs no other its verdict.
 
     Attributes:
       path: the file, which may import what is installed, and what lies beside it.
@@ -66,8 +68,8 @@ class Function:
             raise ConfigError('path="" names no file; give one with a function `reward`')
         if not self.name.isidentifier():
             raise ConfigError(f'name="{self.name}" is no name of a function')
-        if not self.seconds > 0:
-            raise ConfigError(f"seconds={self.seconds} must be above 0")
+        if not 0 < self.seconds < math.inf:
+            raise ConfigError(f"seconds={self.seconds} must be a number above 0")
         if not 0 <= self.fraction < 1:
             raise ConfigError(f"fraction={self.fraction} must be at least 0 and below 1")
 
@@ -102,3 +104,7 @@ class RewardSource:
 
     source: Verifier | Function | RewardModel
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise ConfigError(f"weight={self.weight} must be a number")

@@ -128,7 +128,7 @@ class _Process:
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, str(_CHILD), str(theirs.fileno()), *self._arguments],
+                [sys.executable, "-u", str(_CHILD), str(theirs.fileno()), *self._arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what it prints is for people, and no output of ours
                 pass_fds=[theirs.fileno()],
