@@ -42,9 +42,14 @@ def loss(
     `kl`, the estimate above; and `weight`, the completions.
     """
     found = log_probs(config, params, batch, temperature=objective.rollout.temperature, **how)
-    columns = {"found": found} | {name: batch[name] for name in _COLUMNS if name in batch}
-    sums = by_row(lambda *row: _of_row(objective, dict(zip(columns, row, strict=True))), *columns.values())
+    sums = of_log_probs(objective, found, batch)
     return sums["loss"], sums
+
+
+def of_log_probs(objective: GRPO | PPO, found: Float[Array, "B T"], batch: Any) -> Sums:
+    """The sums of a micro-batch whose targets have these log-probabilities."""
+    columns = {"found": found} | {name: batch[name] for name in _COLUMNS if name in batch}
+    return by_row(lambda *row: _of_row(objective, dict(zip(columns, row, strict=True))), *columns.values())
 
 
 def _of_row(objective: GRPO | PPO, row: Mapping[str, jax.Array]) -> Sums:
