@@ -60,6 +60,7 @@ def _of_row(objective: GRPO | PPO, row: Mapping[str, jax.Array]) -> Sums:
     old = only("old") if "old" in row else jax.lax.stop_gradient(found)
     log_ratio = found - old
     if isinstance(objective, GRPO) and objective.ratio == "completion":
+        # The mean, since the weights of a completion add up to 1.
         log_ratio = per_text(weights * log_ratio, segments)[segments]
     ratio = jnp.exp(log_ratio)
     surrogate, stopped = clipped(objective, ratio, advantages)
