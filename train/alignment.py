@@ -52,11 +52,14 @@ class DPO:
       loss: of the rewards, or with "ipo" the squared distance of their difference by token to 1 / (2 beta)
         (arXiv 2310.12036; by token as TRL has it, on its authors' word).
       label_smoothing: part of the preferences that are taken to be the wrong way round.
+      reference: "live" computes what the reference says in every step; "precomputed" computes it once, for all rows,
+        and keeps it in the run directory: 4 bytes per token on the disk, and no second model in memory.
     """
 
     beta: float = 0.1
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     label_smoothing: float = 0.0
+    reference: Literal["live", "precomputed"] = "live"
 
     def __post_init__(self) -> None:
         if not self.beta > 0:

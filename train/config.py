@@ -526,6 +526,10 @@ class TrainConfig:
                 f"{rollout.passes} completions must be whole prompts of objective.rollout.completions="
                 f"{rollout.completions}"
             )
+        if getattr(self.objective, "reference", "live") != "live":
+            raise ConfigError(
+                f"objective {kind} makes its own rows, of which nothing is known before: leave reference out"
+            )
         if self.stages:
             raise ConfigError(f"objective {kind} has no stages; run one after the other, each with model = @Pretrained")
         if self.noise != Noise() or (self.adapter and self.adapter.dropout):
@@ -537,7 +541,9 @@ class TrainConfig:
     @property
     def compares(self) -> bool:
         """Whether the run keeps the model that it begins with, to compare with."""
-        return isinstance(self.objective, DPO) or (isinstance(self.objective, GRPO | PPO) and self.objective.kl > 0)
+        if isinstance(self.objective, DPO):
+            return self.objective.reference == "live"
+        return isinstance(self.objective, GRPO | PPO) and self.objective.kl > 0
 
     @property
     def completions_per_episode(self) -> int:

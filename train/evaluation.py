@@ -27,7 +27,7 @@ class HeldOut:
         self._join, self._last = adapter.join(config.adapter), dict[str, float]()
         self._means: dict[str, dict[str, float]] = {}  # of each part, what else its objective measures
         data = config.data
-        self._parts = {
+        self.parts = {
             part.name: Rows(
                 tokens.held_out,
                 sequence_length=data.sequence_length,
@@ -48,7 +48,7 @@ class HeldOut:
         Of a part that is read in part the batches are spread evenly: neighbouring rows are of one document.
         NumericalError if a loss is not finite.
         """
-        found = {name: self._loss(name, params, rows, whole) for name, rows in self._parts.items()}
+        found = {name: self._loss(name, params, rows, whole) for name, rows in self.parts.items()}
         for name, loss in found.items():
             if not math.isfinite(loss):
                 raise NumericalError(
@@ -102,7 +102,7 @@ class HeldOut:
 
         None of a mixture, or where not all tokens are trained.
         """
-        name, *others = self._parts
+        name, *others = self.parts
         shards = self._shards[name]
         if others or shards.num_trained is not None:
             return None

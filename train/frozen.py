@@ -15,7 +15,7 @@ from qwen_jax.weights.load import load_params
 from qwen_jax.weights.source import Model, open_model
 from train import adapter
 from train.adapter import Frozen
-from train.alignment import OnlineMerging
+from train.alignment import DPO, OnlineMerging
 from train.config import Pretrained, TrainConfig
 from train.reinforcement import Online
 
@@ -28,7 +28,8 @@ def check_weights(config: TrainConfig) -> None:
     wants = {
         "an adapter is trained beside the weights of a model": config.adapter is not None,
         "merging is of a model with weights": config.merging is not None,
-        f"objective {kind} compares with the model that the run begins with": config.compares,
+        f"objective {kind} compares with the model that the run begins with": config.compares
+        or isinstance(config.objective, DPO),
         f"objective {kind} goes on from a model that can already answer": isinstance(config.objective, Online),
     }
     for reason in (reason for reason, is_so in wants.items() if is_so):
@@ -54,6 +55,13 @@ def load(config: TrainConfig, source: Model, *, warn: Callable[[str], None], unr
     own = adapter.load_frozen(config, source, unroll=unroll) if config.adapter or config.compares else None
     learned = _learned(config.merging, source, warn=warn, unroll=unroll) if config.merging else None
     return Frozen(base=own, learned=learned) if config.adapter else Frozen(reference=own, learned=learned)
+
+
+def load_reference(config: TrainConfig, *, warn: Callable[[str], None], unroll: bool) -> Params:
+    """What DPO compares with, as `load` has it, for a run that does not keep it."""
+    assert isinstance(config.model, Pretrained)
+    with open_model(config.model.path, warn=warn) as source:
+        return adapter.load_frozen(config, source, unroll=unroll)
 
 
 def without_trained(config: TrainConfig, frozen: Frozen) -> Frozen:

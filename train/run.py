@@ -21,15 +21,14 @@ from qwen_jax.errors import ConfigError, DataError, FileError, NumericalError
 from qwen_jax.sharding import make_mesh
 from qwen_jax.weights.checkpoint import Checkpoint, Checkpoints
 from qwen_jax.weights.source import ADAPTER, Model, open_model
-from train import adapter, critic, plot
+from train import adapter, critic, plot, reference
 from train import directory as run_directory
 from train import frozen as kept
 from train.adapter import NOTHING, Frozen
 from train.config import Pretrained, TrainConfig
-from train.data import Corpus, Rows, prepare
+from train.data import Corpus, prepare
 from train.data.config import Chats
 from train.data.conversations import ChatFormat
-from train.data.mixture import MixedRows
 from train.evaluation import HeldOut
 from train.exam import Exam
 from train.export import EXPORT, export
@@ -54,7 +53,7 @@ from train.step import (
     unrolled,
 )
 from train.stop import Stop
-from train.stream import TEMPLATE, Sides, chat_format, check_parts, count_steps, facts, read_prompts, stream
+from train.stream import TEMPLATE, Sides, Stream, chat_format, check_parts, count_steps, facts, read_prompts, stream
 
 
 def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = False) -> int:
@@ -130,7 +129,7 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
                 report.fact("stage", f"{number} of 0 to {len(config.stages)}, up to step {steps.stop:,}")
             for fact in facts(read, steps, stage) if read else ():
                 report.fact("reads", fact)
-            if exit_code := train_stage(steps, stage, read and read.rows, checkpoint, shared):
+            if exit_code := train_stage(steps, stage, read, checkpoint, shared):
                 return exit_code
     return 0
 
@@ -150,14 +149,14 @@ class Shared(NamedTuple):
 
 
 def train_stage(
-    steps: range, config: TrainConfig, rows: Rows | MixedRows | None, checkpoint: Checkpoint | None, shared: Shared
+    steps: range, config: TrainConfig, read: Stream | None, checkpoint: Checkpoint | None, shared: Shared
 ) -> int:
     """Trains through a stage, which for most runs is all there is, and returns the exit code.
 
     Args:
       steps: the stage's.
       config: the run as it is in these steps.
-      rows: of its training text, where it has any.
+      read: its training text, where it has any.
       checkpoint: what to go on from; None for the start.
       shared: with the other stages.
     """
@@ -184,9 +183,15 @@ def train_stage(
         if isinstance(config.objective, Online):
             feed, held_out = stack.enter_context(asking(config, mesh, frozen, start, checkpoint, shared))
         else:
-            assert rows is not None, "a run on text has rows of it"
-            feed = Reading(rows, config)
+            assert read is not None, "a run on text has rows of it"
+            feed = Reading(read.rows, config)
             held_out = HeldOut(config, corpus, frozen) if any(len(part.held_out) for part in corpus.parts) else None
+            if reference.is_wanted(config):
+                names = [part.part.name for part in corpus.parts]
+                parts = {f"{name}-train": rows for name, rows in zip(names, read.parts, strict=True)}
+                parts |= {f"{name}-held_out": rows for name, rows in (held_out.parts if held_out else {}).items()}
+                load = functools.partial(kept.load_reference, config, warn=report.warn, unroll=unroll)
+                reference.attach(config, parts, directory, load, report=report.line)
         saver = Saver(
             checkpoints,
             record,

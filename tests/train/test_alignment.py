@@ -110,3 +110,17 @@ def test_a_new_score_is_the_one_that_its_objective_asks_for(pairs):
     asked = dataclasses.replace(pairs, objective=Reward(hidden=True))
     assert asked.model_config.score == Score(labels=1, hidden=True)
     assert pairs.model_config.score is None
+
+
+@pytest.mark.parametrize("adapter", [None, LoRA(rank=2, targets=("q_proj",), dropout=0.0)])
+def test_a_reference_computed_before_is_the_one_computed_on_the_way(pairs, change, tmp_path, adapter):
+    live = dataclasses.replace(pairs, adapter=adapter)
+    before = change(live, "run_dir", str(tmp_path / "before"))
+    before = dataclasses.replace(before, objective=DPO(reference="precomputed"))
+    assert run(live) == 0
+    with when_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert run(before) == SAVED_PLEASE_RESTART
+    assert len(list((tmp_path / "before" / "reference").glob("*.npy"))) == 2
+    assert run(before) == 0
+    for one, other in zip(record(before), record(live), strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-6)

@@ -107,6 +107,7 @@ class Rows:
     Attributes:
       layout: what is in which row: windows of the text, each `sequence_length` targets, unless one is given.
       num_rows: rows in an epoch.
+      reference: what `train.reference` has for them, float32 [num_rows, T]: batches have it then; None for none.
       num_batches: batches per epoch: whole ones with `shuffle`, otherwise all that `batch` takes.
     """
 
@@ -134,6 +135,7 @@ class Rows:
         self._order = order.seed(seed).shuffle().repeat() if shuffle else order
         self.num_batches = self.num_rows // batch_size if shuffle else -(-self.num_rows // batch_size)
         self._shuffle = shuffle
+        self.reference: np.ndarray | None = None
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """Batch number `step`, or some rows of it; only those are read.
@@ -152,20 +154,31 @@ class Rows:
 
     def read(self, indices: Sequence[int]) -> Batch:
         """Rows of the stream by number, as `batch` returns them."""
-        window = _Window.empty(len(indices), self._length, self._shards.dtype)
-        for row, index in enumerate(indices):
-            if index < len(self._order):
-                window.fill(row, self._shards, self.layout.spans(cast(int, self._order[index])))
+        rows = [cast(int, self._order[index]) if index < len(self._order) else None for index in indices]
+        return self._read(rows, [self._piece(index) for index in indices])
+
+    def of_epoch(self, rows: Sequence[int]) -> Batch:
+        """Rows of the layout by number, whole, as `batch` returns them."""
+        return self._read(rows, [self._length] * len(rows))
+
+    def _read(self, rows: Sequence[int | None], pieces: Sequence[int]) -> Batch:
+        """Rows of the layout, None being an empty one, in pieces of so many tokens."""
+        window = _Window.empty(len(rows), self._length, self._shards.dtype)
+        for place, row in enumerate(rows):
+            if row is not None:
+                window.fill(place, self._shards, self.layout.spans(row))
         largest = max((ids.max() for ids in (window.tokens, window.targets) if ids.size), default=0)
         if largest >= self._shards.vocab_size:
             raise DataError(
                 f"{self._shards.path} holds token id {largest}, its tokenizer has {self._shards.vocab_size}; "
                 "the shards are of another tokenizer or damaged: delete them to make them again"
             )
-        pieces = np.array([[self._piece(index)] for index in indices], np.int32).reshape(-1, 1)
-        batch = window.labelled(self._shards.end_of_text, pieces)
+        batch = window.labelled(self._shards.end_of_text, np.array(pieces, np.int32).reshape(-1, 1))
         if self._shards.num_labels is not None:
             batch |= {"labels": window.labels, "groups": window.groups}
+        if self.reference is not None:
+            empty = np.zeros(self._length, np.float32)
+            batch["reference"] = np.stack([empty if row is None else self.reference[row] for row in rows])
         return batch
 
     @property

@@ -64,6 +64,8 @@ def inputs(config: TrainConfig) -> dict[str, type]:
             extra = dict.fromkeys((*names, *(("returns",) if isinstance(config.objective, PPO) else ())), np.float32)
         case _:
             extra = {"labels": np.int32, "groups": np.int32}
+            if isinstance(config.objective, DPO) and config.objective.reference == "precomputed":
+                extra["reference"] = np.float32
     return found | {"weights": np.float32} | extra
 
 
@@ -104,7 +106,7 @@ def look(config: TrainConfig) -> Look:
 
 def refer(config: TrainConfig) -> Refer:
     """Adds to a micro-batch what its objective compares with."""
-    if not isinstance(config.objective, DPO):
+    if not isinstance(config.objective, DPO) or config.objective.reference == "precomputed":
         return lambda frozen, batch: batch
 
     def add(frozen: Frozen, batch: Batch) -> Batch:
@@ -114,6 +116,12 @@ def refer(config: TrainConfig) -> Refer:
         return {**batch, "reference": found}
 
     return add
+
+
+def log_probs(config: TrainConfig) -> Callable[[Params, Batch], jax.Array]:
+    """A compiled function of parameters and a micro-batch: the log-probabilities of its targets, float32 [b, T]."""
+    how: dict[str, Any] = dict(attention=config.attention, balanced=True)
+    return jax.jit(lambda params, batch: dpo.log_probs(config.model_config, params, batch, **how))
 
 
 def is_random(config: TrainConfig) -> bool:
