@@ -141,6 +141,9 @@ class Packing:
             rows=np.array([request.row if request else 0 for request in requests], np.uint32),
             positions=np.array([of[0].length + of[1] if of else 0 for of in wanted], np.int32),
         )
+        tempers = [request.sampling.temperature or 1 if request and request.tempered else 1 for request in requests]
+        if any(temper != 1 for temper in tempers):
+            arrays["tempers"] = np.array(tempers, np.float32)
         return Choice(**arrays, stages=Stages.of([request.sampling if request else _IDLE for request in requests]))
 
     @functools.cached_property

@@ -42,6 +42,7 @@ class Request:
       stop_ids: tokens that end it; the one that did is its last.
       logprobs: how many of the likeliest tokens are told of with each token, with the logarithms of their
         probabilities, at most 20; None for not even the token's own.
+      tempered: these are at the temperature of `sampling`, not at 1; a temperature of 0 counts as 1.
       constraint: which tokens are allowed; None for all. It belongs to this request alone.
     """
 
@@ -52,6 +53,7 @@ class Request:
     row: int = 0
     stop_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
+    tempered: bool = False
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
@@ -75,8 +77,8 @@ class Token:
       id: the token.
       finish_reason: of a request's last token: "stop" if it is one of `stop_ids`, "length" if there may be no more,
         "error" if the logits were not finite, where `id` means nothing; None before.
-      logprob: natural logarithm of its probability under the model: at temperature 1, before penalties, biases and
-        constraints; None unless asked for.
+      logprob: natural logarithm of its probability under the model: at temperature 1 unless `tempered`, before
+        penalties, biases and constraints; None unless asked for.
       top: the likeliest tokens, likewise.
     """
 

@@ -96,6 +96,7 @@ class Choice:
       seeds, rows: of the requests: with the positions, the keys of their random numbers.
       positions: where the new tokens will stand.
       stages: what is done to the logits.
+      tempers: the temperatures that probabilities are told at; None for 1.
       allowed: words of a bit for each token that grammars allow; None for all.
     """
 
@@ -104,6 +105,7 @@ class Choice:
     rows: UInt[Array, " S"]
     positions: Int[Array, " S"]
     stages: Stages
+    tempers: Float[Array, " S"] | None = None
     allowed: UInt[Array, "S words"] | None = None
 
 
@@ -167,7 +169,10 @@ def choose(
         keys = jax.vmap(_key)(choice.seeds, choice.rows, choice.positions)
         own = None if seen is None else jax.tree.map(lambda x: x[choice.places], seen)
         tokens = sample(logits, keys, choice.stages, num_tokens=num_tokens, seen=own, allowed=choice.allowed)
-        return Chosen(tokens, None if top is None else logprobs(logits, tokens, num_tokens=num_tokens, top=top))
+        if top is None:
+            return Chosen(tokens)
+        logits = logits if choice.tempers is None else logits / choice.tempers[:, None]
+        return Chosen(tokens, logprobs(logits, tokens, num_tokens=num_tokens, top=top))
 
     # Each device for its own rows: a threshold takes tens of passes over the logits.
     split = P(sharding.ROWS)

@@ -355,6 +355,21 @@ def test_the_likeliest_tokens_are_told_with_their_probabilities(engine):
         np.testing.assert_allclose(token.logprob, row[token.id], atol=CLOSE, rtol=0)
 
 
+def test_probabilities_are_told_at_the_temperature_of_those_who_ask_for_it(engine):
+    """Beside others, which are told those of the model."""
+    hot = dataclasses.replace(RANDOM, temperature=1.7)
+    asked = [dataclasses.replace(r, logprobs=2, tempered=r.row % 2 == 0) for r in requests_of(PROMPTS, hot)]
+    assert {r.tempered for r in asked} == {False, True}
+    made = run(engine, asked)
+    for request, tokens, logits in zip(asked, made, full_logits(engine, PROMPTS, ids(made)), strict=True):
+        logits = logits / (1.7 if request.tempered else 1)
+        chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for token, row in zip(tokens, chances, strict=True):
+            told = [token.logprob, *(chance for _, chance in token.top)]
+            wanted = [row[token.id], *(row[top] for top, _ in token.top)]
+            np.testing.assert_allclose(told, wanted, atol=CLOSE, rtol=0)
+
+
 @pytest.mark.parametrize("sizes, changes", [(dict(expert=2, tensor=2), MOE), (dict(data=2, tensor=4), {})])
 def test_a_mesh_of_several_devices_makes_the_same_tokens(engine, sizes, changes):
     mesh = sharding.make_mesh(devices=jax.devices()[: int(np.prod(list(sizes.values())))], **sizes)
