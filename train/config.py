@@ -515,6 +515,9 @@ class TrainConfig:
                 f"objective {kind} learns from its own completions; text parts of data.source go with PPO and its "
                 "field text above 0, and only with that"
             )
+        unread = [part.name for part in getattr(self.data.source, "parts", ()) if not part.weight]
+        if unread:
+            raise ConfigError(f"data.source has weight=0.0 for {unread[0]}, which nothing would read; leave it out")
         if rollout.max_new_tokens >= self.data.sequence_length:
             raise ConfigError(
                 f"objective.rollout.max_new_tokens={rollout.max_new_tokens} must be below data.sequence_length="
@@ -537,6 +540,26 @@ class TrainConfig:
                 f"objective {kind} compares probabilities, which noise and dropout would change: set adapter.dropout = "
                 "0.0 and leave noise out"
             )
+
+    @functools.cached_property
+    def text_config(self) -> TrainConfig | None:
+        """What is read beside the model's own completions, as the config of a run on that alone; None for nothing.
+
+        A step has as many rows of text for its completions as the weights of the parts say, in whole micro-batches.
+        """
+        if not (isinstance(self.objective, PPO) and self.objective.text):
+            return None
+        assert isinstance(self.data.source, Mixture)
+        text = sum(part.weight for part in self.data.parts)
+        asked = sum(part.weight for part in self.data.source.parts) - text
+        accumulation = math.ceil(self.batch_size * text / asked / self.micro_batch_size)
+        return dataclasses.replace(
+            self,
+            objective=LM(),
+            data=dataclasses.replace(self.data, source=Mixture(parts=self.data.parts)),
+            batch_size=accumulation * self.micro_batch_size,
+            accumulation=accumulation,
+        )
 
     @property
     def compares(self) -> bool:

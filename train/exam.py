@@ -6,10 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from qwen_jax.engine import Engine
 from train.adapter import Frozen
 from train.config import TrainConfig
 from train.data.prompts import Prompt
-from train.rollout import Player, mean
+from train.player import Made, Player
+from train.rewards.judge import Judged
+from train.rollout import mean
 from train.samples import Table
 from train.step import State
 
@@ -36,14 +39,18 @@ class Exam:
     def evaluate(self, state: State, *, whole: bool) -> tuple[dict[str, Any], str]:
         """Mean `reward`, and that of each of several, and a line about it.
 
-        Of the prompts all are asked, or as many as are in the batches the config asks for, spread evenly.
+        Of the prompts all are asked, or as many as are in the batches the config asks for, spread evenly. Raises
+        Interrupted where the run is asked to stop before the answers are there.
         """
         count, batches = len(self._prompts), self._config.evaluation.batches
         wanted = min(count, batches * self._config.micro_batch_size) if batches and not whole else count
         prompts = [self._prompts[i * count // wanted] for i in range(wanted)]
-        answer = lambda engine: self._player.complete(engine, prompts, seed=0, first=0, greedy=True)
-        made = self._player.start(answer, state, self._frozen).result()
-        judged = self._player.judge(prompts, made)
+
+        def play(engine: Engine) -> tuple[list[Made], Judged]:
+            made = self._player.complete(engine, prompts, seed=0, first=0, greedy=True)
+            return made, self._player.judge(prompts, made)
+
+        made, judged = self._player.result(self._player.start(play, state, self._frozen))
         rows = [
             {
                 "step": int(state.step),

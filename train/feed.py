@@ -78,8 +78,11 @@ def _put(
     return {name: sharding.put(shape, dtype, "abt", functools.partial(part, name)) for name, dtype in types.items()}
 
 
-def abstract_batch(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of what `put_batch` returns."""
+def abstract_batch(config: TrainConfig) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of what `put_batch` returns, with what is read beside completions as "text"."""
     shape = (config.accumulation, config.micro_batch_size, config.data.sequence_length)
     split = jax.NamedSharding(jax.sharding.get_mesh(), sharding.activation("abt", shape))
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in inputs(config).items()}
+    batch: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in inputs(config).items()
+    }
+    return batch | ({"text": abstract_batch(config.text_config)} if config.text_config else {})

@@ -37,8 +37,11 @@ class Report:
         self._console.print("warning:", end=" ", style="bold yellow")
         self._console.print(text)
 
-    def follow(self, start: int, total: int, *, tokens_per_step: int) -> Report:
-        """This report, told the length of the run; use it as the context manager around the loop."""
+    def follow(self, start: int, total: int, *, tokens_per_step: int | None) -> Report:
+        """This report, told the length of the run; use it as the context manager around the loop.
+
+        Where steps have no number of tokens, their time is shown.
+        """
         self._start, self._total, self._tokens_per_step = start, total, tokens_per_step
         self._first: tuple[int, float] | None = None
         self._next_line = 0.0
@@ -63,16 +66,27 @@ class Report:
             self._bar.stop()
             self._bar = None
 
-    def step(self, step: int, loss: float) -> None:
-        """Shows that `step` steps are done and what the last one's loss was."""
+    def busy(self, text: str) -> None:
+        """Shows what goes on before the next step."""
+        now = time.monotonic()
+        if self._bar:
+            self._bar.update(self._task, description=text)
+        elif now >= self._next_line:
+            self._next_line = now + SECONDS_BETWEEN_LINES
+            self.line(text)
+
+    def step(self, step: int, text: str) -> None:
+        """Shows that `step` steps are done and what is said of the last one."""
         now = time.monotonic()
         if self._first is None:
             self._first = (step, now)  # speed is counted from here: the first step is mostly compilation
-        text = f"loss {loss:.3f}"
         first, since = self._first
         if step > first:
             steps_per_second = (step - first) / (now - since)
-            text += f"  {_thousands(steps_per_second * self._tokens_per_step)} tokens/s"
+            if self._tokens_per_step is None:
+                text += f"  {1 / steps_per_second:.3g} s/step"
+            else:
+                text += f"  {_thousands(steps_per_second * self._tokens_per_step)} tokens/s"
             text += f"  {_duration((self._total - step) / steps_per_second)} left"
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)

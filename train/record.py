@@ -27,7 +27,7 @@ class Record:
     Args:
       directory: the run directory.
       step: steps done so far. Kept are rows up to it, less its evaluation, which a resumed run does again.
-      tokens_after: of a step, the tokens seen up to it.
+      tokens_after: of a step, the tokens seen up to it; None where steps do not tell.
       warn: told once when the disk takes no more.
       writes: False on every host but the first, where nothing is read or written.
     """
@@ -37,7 +37,7 @@ class Record:
         directory: Path,
         *,
         step: int,
-        tokens_after: Callable[[int], int],
+        tokens_after: Callable[[int], int] | None,
         warn: Callable[[str], None],
         writes: bool = True,
     ) -> None:
@@ -64,13 +64,11 @@ class Record:
         """Adds the row of an optimiser step: its metrics, tokens seen in all, and the speed since the row before."""
         (before, start), now = self._since, time.monotonic()
         self._since = (step, now)
-        tokens = self._tokens_after(step)
-        speed = (tokens - self._tokens_after(before)) / (now - start)
-        timing = {"tokens_per_second": speed, "seconds": (now - start) / (step - before)}
-        self._add(
-            "train",
-            {"step": step, "loss": metrics["loss"], **metrics, "tokens": tokens, **timing},
-        )
+        row = {"step": step, "loss": metrics["loss"], **metrics}
+        if self._tokens_after:
+            row["tokens"] = self._tokens_after(step)
+            row["tokens_per_second"] = (row["tokens"] - self._tokens_after(before)) / (now - start)
+        self._add("train", row | {"seconds": (now - start) / (step - before)})
 
     def held_out(
         self,

@@ -17,7 +17,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from qwen_jax.errors import ConfigError, DataError, FileError, NumericalError
+from qwen_jax.errors import ConfigError, DataError, FileError, NumericalError, SandboxError
 from qwen_jax.sharding import make_mesh
 from qwen_jax.weights.checkpoint import Checkpoint, Checkpoints
 from qwen_jax.weights.source import ADAPTER, Model, open_model
@@ -33,12 +33,13 @@ from train.evaluation import HeldOut
 from train.exam import Exam
 from train.export import EXPORT, export
 from train.feed import Reading, abstract_batch
+from train.player import Interrupted, Player
 from train.profiler import Profiler
 from train.progress import Report
 from train.record import Record
 from train.reinforcement import PPO, Online
 from train.rewards.judge import Judge
-from train.rollout import SAVED, TABLE, Player, Rollouts
+from train.rollout import SAVED, TABLE, Rollouts
 from train.samples import SAMPLES, Samples, Table
 from train.saving import Best, Saver
 from train.step import (
@@ -103,7 +104,8 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
         prompts = read_prompts(config, corpus.tokenizer, chat, report=report.line)
         config = count_steps(config, corpus, len(prompts[0]))
         stages = {n: each for n, each in enumerate(config.stage_configs) if done <= each[0].stop}
-        streams = [stream(corpus, steps, stage) if corpus.parts else None for steps, stage in stages.values()]
+        reading = [(steps, stage.text_config or stage) for steps, stage in stages.values()]
+        streams = [stream(corpus, *each) if corpus.parts else None for each in reading]
 
         # Files
         files = {"config.gin": text.encode(), "tokenizer.json": corpus.tokenizer.to_bytes()}
@@ -111,13 +113,15 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
             files[TEMPLATE] = chat.template.encode()
         if first_host:
             run_directory.write(directory, files)
-        record = Record(directory, step=done, tokens_after=config.tokens_after, warn=report.warn, writes=first_host)
+        # Completions fill as many rows as they happen to: there is no telling tokens from steps.
+        tokens_after = None if config.data.prompts else config.tokens_after
+        record = Record(directory, step=done, tokens_after=tokens_after, warn=report.warn, writes=first_host)
         stack.callback(record.close)
 
         # Each goes on from the checkpoint that the one before has left, as if the run had been stopped there.
         stop = stack.enter_context(Stop())
         shared = Shared(directory, corpus, prompts, chat, files, checkpoints, record, report, stop)
-        for (number, (steps, stage)), read in zip(stages.items(), streams, strict=True):
+        for (number, (steps, stage)), each, read in zip(stages.items(), reading, streams, strict=True):
             if done < steps.start:
                 checkpoint = checkpoints.latest_valid()
                 if checkpoint is None or checkpoint.step != steps.start:
@@ -127,7 +131,7 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
                     )
             if config.stages:
                 report.fact("stage", f"{number} of 0 to {len(config.stages)}, up to step {steps.stop:,}")
-            for fact in facts(read, steps, stage) if read else ():
+            for fact in facts(read, *each) if read else ():
                 report.fact("reads", fact)
             if exit_code := train_stage(steps, stage, read, checkpoint, shared):
                 return exit_code
@@ -181,7 +185,7 @@ def train_stage(
             )
             train_step = critic.ActorCritic(config, train_step, step=start)
         if isinstance(config.objective, Online):
-            feed, held_out = stack.enter_context(asking(config, mesh, frozen, start, checkpoint, shared))
+            feed, held_out = stack.enter_context(asking(config, mesh, frozen, start, checkpoint, rows, shared))
         else:
             assert read is not None, "a run on text has rows of it"
             feed = Reading(read.rows, config)
@@ -200,7 +204,7 @@ def train_stage(
                 "model.json": config.model_config.to_json().encode(),
                 **({ADAPTER: adapter.describe(config, config.adapter)} if config.adapter else {}),
             },
-            meta=fingerprint(corpus) | base,
+            meta=fingerprint(corpus, config) | base,
             warn=report.warn,
         )
         best = Best(checkpoints, directory, start=steps.start, done=start) if config.checkpoint.keep_best else None
@@ -209,41 +213,51 @@ def train_stage(
             samples = Samples(config, corpus, mesh=mesh, directory=directory, step=start, report=report.line)
         profiler = stack.enter_context(Profiler(directory / "profile", config.profile, start=start, warn=report.warn))
         describe(config, mesh, start, report)
+        speed_of = None if config.data.prompts else config.tokens_per_step
         record.restart_clock(start)
 
         # Loop: launch step n, then read what step n - 1 measured, so that the devices never wait for the host.
-        step, unread = start, None
-        with saver, report.follow(start, config.steps, tokens_per_step=config.tokens_per_step):
+        step, saved, unread, failure = start, start, None, None
+        with saver, report.follow(start, config.steps, tokens_per_step=speed_of):
             while True:
                 last, exit_code = step == steps.stop, stop.exit_code()
-                saving = step > start and (last or exit_code or step % config.checkpoint.every == 0)
+                saving = step > saved and (last or exit_code or failure or step % config.checkpoint.every == 0)
                 # After the save at the same step, so that a run stopped in between evaluates once it goes on. The step
                 # that a stage begins with is the last of the stage before.
                 due = last or (step > steps.start and step % config.evaluation.every == 0)
-                evaluating = held_out and due and not exit_code
+                evaluating = held_out and due and not (exit_code or failure)
                 if saving or evaluating:
                     # Nothing is saved before it is known to be finite: here the last step is read at once.
                     watch(unread, config, record, report)
                     unread = None
                 if saving:
                     saver.save(step, state, feed.files(step))
-                if evaluating:
-                    measures, line = held_out.evaluate(state, whole=last)
-                    record.held_out(step, **measures)
-                    report.line(f"step {step}: {line}")
-                    worth = measures["loss"] if "loss" in measures else -measures["reward"]
-                    if best and best.improves(worth):
-                        if not saving:
-                            saver.save(step, state, feed.files(step))
-                        best.keep(step, worth)
-                    if samples:
-                        samples.answer(step, state.params, frozen)
-                if saving or evaluating:
-                    record.restart_clock(step)
-                if last or exit_code:
-                    break
-                profiler.before(step)
-                batch, known = feed.batch(step, state, frozen)
+                    saved = step
+                if failure:
+                    raise failure
+                try:
+                    if evaluating:
+                        measures, line = held_out.evaluate(state, whole=last)
+                        record.held_out(step, **measures)
+                        report.line(f"step {step}: {line}")
+                        worth = measures["loss"] if "loss" in measures else -measures["reward"]
+                        if best and best.improves(worth):
+                            if step > saved:
+                                saver.save(step, state, feed.files(step))
+                                saved = step
+                            best.keep(step, worth)
+                        if samples:
+                            samples.answer(step, state.params, frozen)
+                    if saving or evaluating:
+                        record.restart_clock(step)
+                    if last or exit_code:
+                        break
+                    profiler.before(step)
+                    batch, known = feed.batch(step, state, frozen)
+                except (Interrupted, DataError, SandboxError) as error:
+                    # What is asked or read next cannot be had, but the state is whole: it is saved first.
+                    failure = None if isinstance(error, Interrupted) else error
+                    continue
                 state, metrics = train_step(state, batch, frozen)
                 step += 1
                 watch(unread, config, record, report)
@@ -265,7 +279,7 @@ def train_stage(
             chosen = checkpoints.best if checkpoints.best in checkpoints.steps() else step
             export(config.export, checkpoints.folder(chosen), directory / EXPORT, report)
         if first_host and finished:
-            how = "chat {}" if "chat" in fingerprint(corpus) else 'generate {} --prompt "def "'
+            how = "chat {}" if "chat" in fingerprint(corpus, config) else 'generate {} --prompt "def "'
             how = "score {} --input FILE.jsonl" if config.model_config.score else how
             print(
                 f"try  python -m infer {how.format(f'{config.run_dir}/{EXPORT}' if config.export else config.run_dir)}"
@@ -303,19 +317,30 @@ def begin(
 
 @contextlib.contextmanager
 def asking(
-    config: TrainConfig, mesh: Mesh, frozen: Frozen, start: int, checkpoint: Checkpoint | None, shared: Shared
+    config: TrainConfig,
+    mesh: Mesh,
+    frozen: Frozen,
+    start: int,
+    checkpoint: Checkpoint | None,
+    rows: Rows | MixedRows | None,
+    shared: Shared,
 ) -> Iterator[tuple[Rollouts, Exam | None]]:
-    """The batches of a run on its own completions, and its held-out prompts."""
+    """The batches of a run on its own completions, and its held-out prompts; `rows` are those of text beside them."""
     assert isinstance(config.objective, Online)
     report, table = shared.report, functools.partial(Table, step=start, report=shared.report.line)
     form, tokenizer = shared.chat and shared.chat.form, shared.corpus.tokenizer
     with Judge(config.objective, form=form, tokenizer=tokenizer, mesh=mesh, warn=report.warn) as judge:
         for prompt in itertools.chain(*shared.prompts):
-            judge.check(prompt.columns)
-        player = Player(config, shared.prompts, tokenizer, judge, mesh)
+            try:
+                judge.check(prompt.columns)
+            except DataError as error:
+                raise DataError(f"{prompt.origin}: {error}") from None
+        stopping = lambda: bool(shared.stop.exit_code())
+        player = Player(config, shared.prompts, tokenizer, judge, mesh, stopping=stopping, show=report.busy)
         saved = checkpoint.read(SAVED) if checkpoint else None
         try:
-            rollouts = Rollouts(config, shared.prompts[0], player, saved=saved, table=table(shared.directory / TABLE))
+            beside = dict(table=table(shared.directory / TABLE), text=rows, warn=report.warn)
+            rollouts = Rollouts(config, shared.prompts[0], player, saved=saved, **beside)
             samples = table(shared.directory / SAMPLES)
             yield rollouts, Exam(config, shared.prompts[1], player, frozen, samples) if shared.prompts[1] else None
         finally:
@@ -351,14 +376,17 @@ def join_hosts() -> None:
             print(f"train: this host is the whole run, since jax finds no others: {error}", file=sys.stderr)
 
 
-def fingerprint(corpus: Corpus) -> dict[str, Any]:
+def fingerprint(corpus: Corpus, config: TrainConfig) -> dict[str, Any]:
     """What a checkpoint remembers of its data, so that it is not trained on with other data.
 
-    And whether it is a model that chats: one that was trained on conversations alone ends its texts as they do.
+    And whether it is a model that chats: one that was trained on conversations alone ends its texts as they do, and so
+    does one that was asked in chats.
     """
     tokens = {part.part.name: len(part.train) for part in corpus.parts}
     known = {"tokenizer": corpus.tokenizer.fingerprint, "train_tokens": tokens.get("all", tokens)}
-    return known | ({"chat": True} if all(isinstance(part.part.source, Chats) for part in corpus.parts) else {})
+    prompts = config.data.prompts
+    chats = prompts.chat if prompts else all(isinstance(part.part.source, Chats) for part in corpus.parts)
+    return known | ({"chat": True} if chats else {})
 
 
 def check_corpus(corpus: Corpus, config: TrainConfig, checkpoint: Checkpoint | None) -> None:
@@ -376,9 +404,9 @@ def check_corpus(corpus: Corpus, config: TrainConfig, checkpoint: Checkpoint | N
     ):
         raise ConfigError(f"{' and '.join(asks)} looks at held-out text, and there is none; set data.held_out above 0")
     meta = {name: value for name, value in (checkpoint.meta if checkpoint else {}).items() if name != "base"}
-    if checkpoint and meta != fingerprint(corpus):
+    if checkpoint and meta != (found := fingerprint(corpus, config)):
         raise DataError(
-            f"the tokens are not those that {checkpoint.path} was trained on: {fingerprint(corpus)}, not {meta}; "
+            f"the tokens are not those that {checkpoint.path} was trained on: {found}, not {meta}; "
             "restore them, or choose another run_dir"
         )
 
@@ -420,13 +448,21 @@ def watch(unread: tuple[int, Metrics] | None, config: TrainConfig, record: Recor
     if unread is None:
         return
     step, metrics = unread[0], {name: float(value) for name, value in jax.device_get(unread[1]).items()}
-    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-        raise NumericalError(
-            f"step {step}: the loss is {metrics['loss']} and the norm of its gradient {metrics['grad_norm']}; nothing "
-            f"was saved since. Try a lower optimizer.peak_lr or more schedule.warmup_steps in another run_dir"
-        )
+    for of in ("", "value_"):  # which a critic has of its own
+        loss, norm = (metrics.get(of + name, 0.0) for name in ("loss", "grad_norm"))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NumericalError(
+                f"step {step}: the {of}loss is {loss} and the norm of its gradient {norm}; nothing was saved since. "
+                f"Try a lower {'objective.critic' if of else 'optimizer'}.peak_lr or more schedule.warmup_steps in "
+                "another run_dir"
+            )
     if metrics["weight"] == 0:
         report.warn(f"step {step}: no token of this batch counts, so nothing was learned from it")
     if step % config.log_every == 0 or step == config.steps:
         record.train(step, metrics)
-    report.step(step, metrics["loss"])
+    shown = [name for name in ("reward", "completion_tokens", "kl", "log_ratio") if name in metrics] or ["loss"]
+    report.step(step, "  ".join(f"{name.removeprefix('completion_')} {_short(metrics[name])}" for name in shown))
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"

@@ -26,6 +26,7 @@ from train import objectives, optim
 from train.adapter import NOTHING, Frozen, Join
 from train.config import LoRA, TrainConfig
 from train.objectives import Batch, Objective, Refer
+from train.reinforcement import PPO
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[..., tuple["State", Metrics]]  # of the state, a batch, and maybe what is frozen
@@ -159,9 +160,18 @@ def configured(
         learning_rate,
         join=adapters.join(config.adapter),
         refer=objectives.refer(config),
+        beside=_text(config),
         seed=config.seed if objectives.is_random(config) else None,
     )
     return objective, optimizer, step
+
+
+def _text(config: TrainConfig) -> tuple[Objective, float] | None:
+    """What is minimised beside the objective, and its weight."""
+    if not config.text_config:
+        return None
+    assert isinstance(config.objective, PPO)
+    return objectives.make(config.text_config), config.objective.text
 
 
 def make_train_step(
@@ -171,6 +181,7 @@ def make_train_step(
     *,
     join: Join | None = None,
     refer: Refer | None = None,
+    beside: tuple[Objective, float] | None = None,
     seed: int | None = None,
 ) -> TrainStep:
     """The compiled step: (state, batch) to the next state and float32 scalars. The given state is used up.
@@ -179,10 +190,12 @@ def make_train_step(
     "key" of its own, a function of it and of the step.
 
     Every array of the batch is [accumulation, rows, ...]. The loss is the sum over all micro-batches divided by the
-    sum of their weights, and so is its gradient: the number of micro-batches changes memory, not the step.
+    sum of their weights, and so is its gradient: the number of micro-batches changes memory, not the step. With
+    `beside`, another objective and its weight, the batch has another of its own as "text", whose mean loss counts too.
 
     The scalars are `loss` (nats per token), whatever else the objective measures, `grad_norm` (before clipping),
-    `learning_rate` and `weight` (tokens that count); all of the loss at the parameters before the step.
+    `learning_rate` and `weight` (tokens that count), and `text_loss` of that; all of the loss at the parameters before
+    the step.
     """
 
     join, refer = join or adapters.join(None), refer or (lambda frozen, batch: batch)
@@ -194,14 +207,19 @@ def make_train_step(
         if seed is not None:
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             batch = {**batch, "key": jax.random.split(key, len(batch["tokens"]))}
-        (_, sums), gradient = _accumulate(jax.value_and_grad(loss, has_aux=True), state.params, batch)
-        weight = jnp.maximum(sums["weight"], 1)  # a batch without a single target has loss 0, not 0 / 0
-        gradient = jax.tree.map(lambda g: g / weight, gradient)
+        own = {name: x for name, x in batch.items() if name != "text"}
+        gradient, weight, sums = _mean_gradient(loss, state.params, own)
+        measured = {name: value / weight for name, value in sums.items() if name != "weight"}
+        if beside:
+            of_text = lambda params, micro: beside[0](join(params, frozen, None), micro)
+            other, tokens, said = _mean_gradient(of_text, state.params, batch["text"])
+            gradient = jax.tree.map(lambda g, more: g + beside[1] * more, gradient, other)
+            measured["text_loss"] = said["loss"] / tokens
         rate, before = learning_rate(state.step), (state.optimizer, state.params)
         changes, moments = optimizer.update(gradient, *before, rate=rate, learned=frozen.learned)
         params = jax.tree.map(jnp.add, state.params, changes)
         metrics = {
-            **{name: value / weight for name, value in sums.items() if name != "weight"},
+            **measured,
             "grad_norm": optax.tree.norm(gradient),
             "learning_rate": rate,
             "weight": sums["weight"],
@@ -219,6 +237,15 @@ def make_eval_step(objective: Objective, refer: Refer) -> Callable[[model.Params
         return sums
 
     return jax.jit(eval_step)
+
+
+def _mean_gradient(
+    loss: Objective, params: model.Params, batch: Batch
+) -> tuple[model.Params, jax.Array, dict[str, jax.Array]]:
+    """The gradient of the summed loss of a batch divided by its weight, that weight, and the sums."""
+    (_, sums), gradient = _accumulate(jax.value_and_grad(loss, has_aux=True), params, batch)
+    weight = jnp.maximum(sums["weight"], 1)  # a batch without a single target has loss 0, not 0 / 0
+    return jax.tree.map(lambda g: g / weight, gradient), weight, sums
 
 
 def _accumulate(of_one: Callable[[model.Params, Batch], Any], params: model.Params, batch: Batch) -> Any:

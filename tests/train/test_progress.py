@@ -15,7 +15,7 @@ def run(report, monkeypatch, *, seconds_per_step, steps=4):
     with report.follow(0, steps, tokens_per_step=5000):
         for step in range(1, steps + 1):
             now += seconds_per_step
-            report.step(step, 1 / step)
+            report.step(step, f"loss {1 / step:.3f}")
 
 
 def test_a_pipe_gets_a_line_now_and_then_and_the_last(monkeypatch, capsys):

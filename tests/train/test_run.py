@@ -18,10 +18,11 @@ from qwen_jax.errors import INTERRUPTED, SAVED_PLEASE_RESTART, ConfigError, Data
 from qwen_jax.model import stack_layers
 from qwen_jax.weights.checkpoint import Checkpoints, open_checkpoint
 from tests.train.conftest import record
-from train import feed
 from train import run as run_module
 from train.config import Mesh, Pretrained, Profile, Stage
+from train.feed import Reading
 from train.record import METRICS
+from train.rollout import Rollouts
 
 pytestmark = pytest.mark.usefixtures("enough_devices")
 
@@ -52,15 +53,15 @@ def final_arrays(config) -> dict[str, bytes]:
 @contextlib.contextmanager
 def when_step(step, action):
     """Inside it, a run calls `action` as it is about to take its step number `step`, counted from 0."""
-    put = feed.put_batch
-
-    def put_batch(rows, n, config):
-        if n == step:
-            action()
-        return put(rows, n, config)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed, "put_batch", put_batch)
+        for feed in (Reading, Rollouts):
+
+            def batch(self, n, state, frozen, given=feed.batch):
+                if n == step:
+                    action()
+                return given(self, n, state, frozen)
+
+            patch.setattr(feed, "batch", batch)
         yield
 
 
@@ -171,13 +172,13 @@ def test_interrupt_saves_and_says_130(config):
 
 @pytest.mark.parametrize("bad, saved", [(1, []), (3, [2])])
 def test_first_non_finite_loss_ends_the_run_and_is_not_saved(config, monkeypatch, bad, saved):
-    put = feed.put_batch
+    given = Reading.batch
 
-    def poisoned(rows, n, config):
-        batch = put(rows, n, config)
-        return batch | {"weights": batch["weights"] * np.float32("nan")} if n == bad else batch
+    def poisoned(self, n, state, frozen):
+        batch, known = given(self, n, state, frozen)
+        return (batch | {"weights": batch["weights"] * np.float32("nan")} if n == bad else batch), known
 
-    monkeypatch.setattr(feed, "put_batch", poisoned)
+    monkeypatch.setattr(Reading, "batch", poisoned)
     with pytest.raises(NumericalError, match=f"step {bad + 1}: the loss is nan"):
         run(config)
     assert steps(config) == saved

@@ -17,8 +17,8 @@ from train import critic, objectives
 from train.adapter import Frozen
 from train.config import TrainConfig
 from train.feed import abstract_batch
+from train.player import capacity
 from train.reinforcement import PPO, Online
-from train.rollout import capacity
 from train.sampling import prepare
 from train.step import State
 
