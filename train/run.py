@@ -185,7 +185,9 @@ def train_stage(
             )
             train_step = critic.ActorCritic(config, train_step, step=start)
         if isinstance(config.objective, Online):
-            feed, held_out = stack.enter_context(asking(config, mesh, frozen, start, checkpoint, rows, shared))
+            feed, held_out = stack.enter_context(
+                asking(config, mesh, frozen, start, checkpoint, read and read.rows, shared)
+            )
         else:
             assert read is not None, "a run on text has rows of it"
             feed = Reading(read.rows, config)
