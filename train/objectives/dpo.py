@@ -12,7 +12,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.model import Params, forward, head
 from qwen_jax.ops.loss import token_log_probs
 from train.alignment import DPO
-from train.objectives.judged import Sums, Texts, by_row, compared, groups_of, means, per_text
+from train.objectives.judged import Sums, Texts, by_row, compared, means, per_text
 
 
 def log_probs(
@@ -57,7 +57,7 @@ def _of_row(
     ratio, tokens = per_text(weights * (found - reference), segments), per_text(weights, segments)
     by_token = ratio / jnp.maximum(tokens, 1)
     value = objective.beta * (by_token if objective.loss == "ipo" else ratio)
-    texts = Texts(value, per_text(labels, segments), groups_of(groups, segments))
+    texts = Texts.of(value, labels, segments, groups)
     sums = compared(texts, lambda good, bad: pair_loss(objective, good - bad))
     chosen, rejected = means(per_text(weights * found, segments), texts)
     drift = sum(means(by_token, texts)) / 2

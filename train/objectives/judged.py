@@ -30,6 +30,18 @@ class Texts(NamedTuple):
     label: Int[Array, " S"]
     group: Int[Array, " S"]
 
+    @classmethod
+    def of(
+        cls,
+        value: Float[Array, " S"],
+        labels: Int[Array, " T"],
+        segments: Int[Array, " T"],
+        groups: Int[Array, " T"],
+    ) -> Texts:
+        """The texts of these columns, with their scores."""
+        found = jax.ops.segment_max(groups, segments, num_segments=groups.shape[0] + 1)
+        return cls(value, per_text(labels, segments), jnp.maximum(found, 0).at[0].set(0))
+
 
 def by_row(of_row: Callable[..., Sums], *arrays: Float[Array, "B T"] | Int[Array, "B T"]) -> Sums:
     """The sums over rows of `of_row`, each on the device that has the row; columns may be in any order."""
@@ -44,12 +56,6 @@ def by_row(of_row: Callable[..., Sums], *arrays: Float[Array, "B T"] | Int[Array
 def per_text(x: jax.Array, segments: Int[Array, " T"]) -> jax.Array:
     """The sum of the columns of each text, [T + 1]: texts are numbered from 1."""
     return jax.ops.segment_sum(x, segments, num_segments=x.shape[0] + 1)
-
-
-def groups_of(groups: Int[Array, " T"], segments: Int[Array, " T"]) -> Int[Array, " S"]:
-    """The group of each text; 0 for what is padding."""
-    found = jax.ops.segment_max(groups, segments, num_segments=groups.shape[0] + 1)
-    return jnp.maximum(found, 0).at[0].set(0)
 
 
 def means(x: Float[Array, " S"], texts: Texts) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.model import Params, forward, scores
 from train.alignment import Reward
 from train.data.rows import GOOD
-from train.objectives.judged import Sums, Texts, by_row, compared, groups_of, per_text
+from train.objectives.judged import Sums, Texts, by_row, compared, per_text
 
 
 def loss(
@@ -41,8 +41,7 @@ def _of_row(
     segments: Int[Array, " T"],
     groups: Int[Array, " T"],
 ) -> Sums:
-    value = per_text(jnp.where(labels > 0, score, 0), segments)
-    texts = Texts(value, per_text(labels, segments), groups_of(groups, segments))
+    texts = Texts.of(per_text(jnp.where(labels > 0, score, 0), segments), labels, segments, groups)
     return compared(texts, lambda good, bad: pair_loss(objective, good, bad))
 
 
