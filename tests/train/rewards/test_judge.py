@@ -122,26 +122,27 @@ def test_scores_on_a_mesh_are_those_of_infer_score(reward_model, tmp_path, capsy
     options = ["--format", "qwen2", "--batch-size", "4", "--dtype", "float32"]
     assert infer(["score", str(reward_model), "--input", str(tmp_path / "rows.jsonl"), *options]) == 0
     wanted = [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
-    mesh = make_mesh(data=2, context=2, tensor=2, devices=jax.devices())
+    mesh = make_mesh(data=2, context=2, devices=jax.devices()[:4])
     with judge(RewardModel(path=str(reward_model), batch_size=3), mesh=mesh) as judged:
         total, parts, failures = judged(given)
     np.testing.assert_allclose(parts["model"][:-1], wanted, rtol=1e-4, atol=1e-5)
     assert len(set(wanted)) == 4 and np.isnan(total[-1]) and failures == {"model: too long for the model": 1}
 
 
-def test_models_that_are_no_reward_model_of_the_policy_are_refused(tmp_path, mesh):
+def test_models_that_are_no_reward_model_of_the_policy_are_refused(tmp_path):
     publish(tmp_path / "language", tiny_config(vocab_size=260, num_layers=1), "qwen2")
     with pytest.raises(ModelError, match="gives 0 scores of a text"):
-        judge(RewardModel(path=str(tmp_path / "language")), mesh=mesh)
+        judge(RewardModel(path=str(tmp_path / "language")))
     publish(tmp_path / "other", CONFIG, "qwen2")
     tokenizer = json.loads(tiny_tokenizer().to_bytes())
     tokenizer["added_tokens"][-1]["content"] = "<|other|>"
     (tmp_path / "other/tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match="has another tokenizer than the policy"):
-        judge(RewardModel(path=str(tmp_path / "other")), mesh=mesh)
+        judge(RewardModel(path=str(tmp_path / "other")))
 
 
-def test_scores_that_are_not_finite_end_the_run(reward_model, mesh, monkeypatch):
+def test_scores_that_are_not_finite_end_the_run(reward_model):
+    mesh = make_mesh(devices=jax.devices()[:1])
     with judge(RewardModel(path=str(reward_model)), mesh=mesh) as judged:
         (source,) = judged._sources
         nan = np.full((1, 1), np.nan, np.float32)
