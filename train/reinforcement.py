@@ -87,7 +87,7 @@ class Online:
 
     def __post_init__(self) -> None:
         if not self.rewards:
-            raise ConfigError("rewards=() judge nothing; name at least one: objective.rewards.1 = @Verifier")
+            raise ConfigError("rewards=() judge nothing; name at least one: objective.rewards.1.source = @Verifier")
         kinds = sorted(type(reward.source).__name__ for reward in self.rewards)
         if self.shaping == "qwen2.5-math" and kinds != ["RewardModel", "Verifier"]:
             raise ConfigError(f"shaping='qwen2.5-math' is of a RewardModel and a Verifier, and rewards are {kinds}")

@@ -11,11 +11,14 @@ import pytest
 
 from infer.__main__ import main as infer
 from qwen_jax.config import Score
+from qwen_jax.engine.scoring import closed, encode_row
 from qwen_jax.errors import ConfigError, DataError, FileError, ModelError, NumericalError
 from qwen_jax.sharding import make_mesh
-from qwen_jax.text.chat import FORMATS
+from qwen_jax.text.chat import FORMATS, encode
 from tests.conftest import tiny_config
 from tests.published import publish, tiny_tokenizer
+from train.data import preferences
+from train.data.conversations import training_format
 from train.reinforcement import GRPO
 from train.rewards import judge as judge_module
 from train.rewards.config import Function, RewardModel, RewardSource, Verifier
@@ -112,11 +115,11 @@ def reward_model(tmp_path_factory):
 def test_scores_on_a_mesh_are_those_of_infer_score(reward_model, tmp_path, capsys):
     """Of texts and of conversations; those that do not fit into the model have none."""
     chat = [{"role": "user", "content": "add"}]
-    given = [*samples("4", "the the", prompt="2+2="), *samples("7", "", prompt=chat), *samples("a" * 99)]
+    given = [*samples("a" * 99), *samples("4", "the the", prompt="2+2="), *samples("7", "", prompt=chat)]
     rows = [
         {"prompt": each.prompt + each.completion} if isinstance(each.prompt, str)
         else {"messages": [*chat, {"role": "assistant", "content": each.completion}]}
-        for each in given[:-1]
+        for each in given[1:]
     ]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--format", "qwen2", "--batch-size", "4", "--dtype", "float32"]
@@ -125,8 +128,22 @@ def test_scores_on_a_mesh_are_those_of_infer_score(reward_model, tmp_path, capsy
     mesh = make_mesh(data=2, context=2, devices=jax.devices()[:4])
     with judge(RewardModel(path=str(reward_model), batch_size=3), mesh=mesh) as judged:
         total, parts, failures = judged(given)
-    np.testing.assert_allclose(parts["model"][:-1], wanted, rtol=1e-4, atol=1e-5)
-    assert len(set(wanted)) == 4 and np.isnan(total[-1]) and failures == {"model: too long for the model": 1}
+    np.testing.assert_allclose(parts["model"][1:], wanted, rtol=1e-4, atol=1e-5)
+    assert len(set(wanted)) == 4 and np.isnan(total[0]) and failures == {"model: too long for the model": 1}
+
+
+@pytest.mark.parametrize("name", ["qwen1.5", "qwen3"])
+def test_a_chat_is_scored_as_reward_models_are_trained(name):
+    """Up to the end of the last message, also where the format leaves it open."""
+    prompt, answers = [{"role": "user", "content": "add"}], ["<|im_end|> 4", "5\n"]
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in answers)
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    form = training_format(FORMATS[name], learn="answers")
+    document = preferences._sides("here", row, preferences.Preferences(path="here", format=name), form)
+    for side, answer in zip(document.sides, (chosen, rejected), strict=True):
+        scored = encode_row({"messages": prompt + answer}, tiny_tokenizer(), closed(FORMATS[name]))
+        assert scored.ids == encode(tiny_tokenizer(), side.pieces).ids
+        assert scored.places == [len(scored.ids) - 1]
 
 
 def test_models_that_are_no_reward_model_of_the_policy_are_refused(tmp_path):
