@@ -14,7 +14,7 @@ import pytest
 from qwen_jax import model, sharding
 from qwen_jax.config import Score
 from tests.conftest import tiny_config
-from train.objectives import policy, value
+from train.objectives import dpo, policy, value
 from train.reinforcement import GRPO, PPO, Critic, Rollout
 from train.rewards.config import RewardSource, Verifier
 
@@ -80,6 +80,7 @@ OBJECTIVES = {
     "completions": GRPO(rewards=REWARDS, kl=0.3, clip=0.1, ratio="completion", rollout=Rollout(importance_cap=1.1)),
     "ppo": PPO(rewards=REWARDS, clip=0.3),
 }
+WARM = dataclasses.replace(OBJECTIVES["completions"], rollout=Rollout(temperature=0.7))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -156,6 +157,19 @@ def test_what_is_not_trained_counts_nothing_whatever_it_holds(mesh, name, found)
     assert not gradient[prompts].any()
 
 
+def test_the_policy_is_that_of_its_temperature(mesh, monkeypatch):
+    batch, hidden = policy_batch(vocab_size=7), np.random.default_rng(8).normal(size=(len(ROWS), LENGTH, 7))
+    log_probs = hidden / 0.7 - np.log(np.exp(hidden / 0.7).sum(-1, keepdims=True))
+    found = np.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
+    monkeypatch.setattr(dpo, "forward", lambda config, params, *inputs, **how: params)
+    monkeypatch.setattr(dpo, "head", lambda params: jnp.eye(7))
+    of = jax.jit(lambda hidden, batch: policy.loss(tiny_config(), WARM, hidden, batch))
+    total, sums = of(hidden.astype(np.float32), batch)
+    wanted, _ = sums_and_gradient(WARM, found.astype(np.float32), batch)
+    assert total == sums["loss"] and sums.keys() == wanted.keys()
+    assert [float(sums[name]) for name in wanted] == pytest.approx([float(x) for x in wanted.values()], rel=1e-5)
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.3])
 def test_a_value_that_went_too_far_teaches_no_more(clip):
     batch, rng = policy_batch(), np.random.default_rng(5)
@@ -180,7 +194,6 @@ def test_a_value_that_went_too_far_teaches_no_more(clip):
     assert stopped.any() == (clip > 0)
 
 
-WARM = dataclasses.replace(OBJECTIVES["completions"], rollout=Rollout(temperature=0.7))
 LOSSES = {
     "policy": lambda config, *args: policy.loss(config, WARM, *args, balanced=True),
     "critic": lambda config, *args: value.loss(config, OBJECTIVES["ppo"], *args, balanced=True),

@@ -65,7 +65,7 @@ def _of_row(objective: GRPO | PPO, row: Mapping[str, jax.Array]) -> Sums:
     ratio = jnp.exp(log_ratio)
     surrogate, stopped = clipped(objective, ratio, advantages)
     correction = jnp.minimum(jnp.exp(old - sampled), objective.rollout.importance_cap)
-    value = -jax.lax.stop_gradient(correction) * surrogate
+    value = -correction * surrogate
     each = {"ratio": ratio, "clip_fraction": stopped.astype(jnp.float32)}
     each |= {"entropy": -sampled, "gap": jnp.abs(old - sampled)}
     if "reference" in row:
