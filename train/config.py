@@ -518,10 +518,11 @@ class TrainConfig:
         unread = [part.name for part in getattr(self.data.source, "parts", ()) if not part.weight]
         if unread:
             raise ConfigError(f"data.source has weight=0.0 for {unread[0]}, which nothing would read; leave it out")
-        if rollout.max_new_tokens >= self.data.sequence_length:
+        texts = 2 if isinstance(self.objective, OnlineDPO) else 1
+        if texts * rollout.max_new_tokens >= self.data.sequence_length:
             raise ConfigError(
                 f"objective.rollout.max_new_tokens={rollout.max_new_tokens} must be below data.sequence_length="
-                f"{self.data.sequence_length}, which holds the prompt as well"
+                f"{self.data.sequence_length}{' / 2, as a pair' if texts == 2 else ', which'} holds the prompt as well"
             )
         if self.batch_size * rollout.updates % (rollout.completions * rollout.passes):
             raise ConfigError(

@@ -1,7 +1,8 @@
-"""loss.png: the curves of a run beside what the simplest models reach."""
+"""loss.png: the curves of a run, a loss beside what the simplest models reach."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,15 @@ from matplotlib.figure import Figure
 from train.record import METRICS, rows
 
 IMAGE = "loss.png"
+# Of reinforcement learning the first four that there are: name, title, unit.
+_PANELS = (
+    ("reward", "reward", ""),
+    ("completion_tokens", "length of completions", "tokens"),
+    ("kl", "divergence from the reference", "nats per token"),
+    ("entropy", "entropy", "nats per token"),
+    ("log_ratio", "log-ratio to the reference", "nats per token"),
+    ("margin", "margin of preferred completions", ""),
+)
 _TRAIN, _HELD_OUT, _GREY = "#7a9cc6", "#b8323a", "#6b6b6b"
 _SMOOTHED_POINTS = 100  # the training curve is averaged to about this many: a single batch says little
 
@@ -23,6 +33,11 @@ def draw(directory: Path, *, entropies: tuple[float, float] | None) -> None:
       entropies: (unigram, bigram) of the held-out text in nats per token; None if there is no such text.
     """
     table = list(rows(directory / METRICS))
+    if any("reward" in row for row in table):
+        figure = Figure(figsize=(12, 7), layout="constrained", dpi=150)
+        _draw_rewards(figure, table)
+        figure.suptitle(directory.resolve().name, x=0.01, ha="left", fontweight="bold")
+        return _save(figure, directory)
     train = np.array([(row["step"], row["loss"]) for row in table if "loss" in row]).reshape(-1, 2)
     held_out = np.array([(row["step"], row["held_out_loss"]) for row in table if "held_out_loss" in row]).reshape(-1, 2)
     accuracy = [(row["step"], row["held_out_accuracy"]) for row in table if "held_out_accuracy" in row]
@@ -50,11 +65,31 @@ def draw(directory: Path, *, entropies: tuple[float, float] | None) -> None:
     axes.legend(frameon=False, loc="upper right")
     if accuracy:
         _draw_accuracy(figure.add_subplot(1, 2, 2), np.array(accuracy))
+    _save(figure, directory)
+
+
+def _save(figure: Figure, directory: Path) -> None:
     for each in figure.axes:
         each.grid(axis="y", color="#e6e6e6")
         each.set_axisbelow(True)
         each.spines[["top", "right"]].set_visible(False)
     figure.savefig(directory / IMAGE)
+
+
+def _draw_rewards(figure: Figure, table: Sequence[Mapping[str, float]]) -> None:
+    """What is watched in reinforcement learning: rewards, and whether the model stays what it was."""
+    there = [panel for panel in _PANELS if any(panel[0] in row for row in table)][:4]
+    for place, (name, title, unit) in enumerate(there, 1):
+        axes = figure.add_subplot(2, 2, place)
+        points = lambda key: np.array([(row["step"], row[key]) for row in table if key in row]).reshape(-1, 2)
+        train, held_out = points(name), points(f"held_out_{name}")
+        axes.plot(*train.T, color=_TRAIN, alpha=0.3, linewidth=0.8)
+        axes.plot(*_averaged(train).T, color=_TRAIN, linewidth=2, label="training")
+        if len(held_out):
+            axes.plot(*held_out.T, color=_HELD_OUT, linewidth=2, marker="o", markersize=4, label="held out")
+            axes.legend(frameon=False)
+        axes.set_title(title, loc="left", fontweight="bold")
+        axes.set(xlabel="step", ylabel=unit, xlim=(0, None))
 
 
 def _draw_accuracy(axes: Axes, points: np.ndarray) -> None:

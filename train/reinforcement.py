@@ -18,7 +18,7 @@ class Rollout:
 
     Attributes:
       completions: of each prompt.
-      max_new_tokens: of a completion; a row of training holds the prompt and all of them.
+      max_new_tokens: of a completion; a row of training holds the prompt and all of them, of OnlineDPO twice.
       temperature: of the policy: what is sampled from, and what is trained.
       top_p, top_k: what is sampled from is cut to; what is trained is not.
       updates: optimiser steps that learn from an episode.

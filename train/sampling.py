@@ -66,7 +66,8 @@ class Follower:
         with jax.set_mesh(self._trained_on):
             ready = self._ready(params, Frozen(base=frozen.base))
         here = lambda x: jax.device_put(x, jax.NamedSharding(self._mesh, jax.typeof(x).sharding.spec))
-        ready = jax.tree.map(here, ready)
+        with jax.set_mesh(self._mesh):  # which has the devices in another order than the loop's, that is current
+            ready = jax.tree.map(here, ready)
         if self._engine is None:
             self._engine = Engine(
                 self._config, ready, num_tokens=self._num_tokens, mesh=self._mesh, capacity=self._capacity

@@ -17,7 +17,7 @@ from train.data.conversations import ChatFormat
 from train.data.mixture import MixedRows, Schedule
 from train.data.prompts import Prompt
 from train.data.rows import BestFit, Layout, Windows, stream_seed
-from train.reinforcement import Online
+from train.reinforcement import Online, OnlineDPO
 
 TEMPLATE = "chat_template.jinja"
 Sides = tuple[list[Prompt], list[Prompt]]  # to train on, and held out
@@ -118,7 +118,9 @@ def read_prompts(
     if not config.data.prompts:
         return [], []
     assert isinstance(config.objective, Online)
-    room = min(config.data.sequence_length + 1, config.model_config.max_position)
+    # Of a text all tokens but the last are inputs; a pair is in one row.
+    texts = 2 if isinstance(config.objective, OnlineDPO) else 1
+    room = min(config.data.sequence_length // texts + 1, config.model_config.max_position)
     return prompts.read(
         config.data.prompts,
         form=chat and chat.form,

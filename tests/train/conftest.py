@@ -14,11 +14,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from qwen_jax import sharding
 from qwen_jax.config import ModelConfig, Moe, Rope
 from train import run as run_module
-from train.config import LM, AdamW, Checkpointing, Cosine, Evaluation, TrainConfig
-from train.data.config import Data, Text, TrainBPE
+from train.config import LM, AdamW, Checkpointing, Cosine, Evaluation, Pretrained, TrainConfig
+from train.data.config import Data, Prompts, Text, TokenizerFile, TrainBPE
 from train.record import METRICS
+from train.reinforcement import Rollout
+from train.rewards.config import RewardSource, Verifier
 
-TIMINGS = ("seconds", "tokens_per_second")
+TIMINGS = ("seconds", "tokens_per_second", "rollout_seconds", "judge_seconds", "rollout_tokens_per_second")
 
 
 def record(config) -> list[dict]:
@@ -88,6 +90,24 @@ def mixture(config) -> TrainConfig:
     moe = Moe(num_experts=4, top_k=2, expert_width=8, shared_width=12, normalize_top_k=False)
     model = dataclasses.replace(config.model, mlp_width=0, moe=moe)
     return dataclasses.replace(config, model=model, objective=LM(balance=0.02, z=0.003))
+
+
+@pytest.fixture
+def judged_by_rule(config, monkeypatch):
+    """A function: a kind of objective to a run of it, on short completions that are never sampled."""
+    shape = dataclasses.replace(config.model, num_layers=1)
+    monkeypatch.setattr("qwen_jax.weights.source.read_config", lambda path: shape)
+    source, tokenizer = Prompts(path="x", format="qwen2"), TokenizerFile(path="x")
+    data = dataclasses.replace(config.data, source=source, tokenizer=tokenizer)
+
+    def of(kind, **changes):
+        rollout = Rollout(completions=4, max_new_tokens=5, updates=6, passes=2)
+        rewards = (RewardSource(source=Verifier(name="math")),)
+        objective = kind(rewards=rewards, rollout=rollout, **changes)
+        model = Pretrained(path="x", dtype="float32")
+        return dataclasses.replace(config, model=model, data=data, objective=objective)
+
+    return of
 
 
 @pytest.fixture

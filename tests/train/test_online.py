@@ -1,72 +1,258 @@
-"""Runs on a model's own completions: they are judged, learned from, recorded, and go on bit for bit."""
+"""Runs on a model's own completions: what they learn from, measure and leave, and that they go on bit for bit."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from qwen_jax import sharding
+from qwen_jax.errors import SAVED_PLEASE_RESTART, ConfigError, DataError
+from qwen_jax.weights.checkpoint import Checkpoints
+from tests.conftest import tiny_config
 from tests.published import publish
 from tests.train.conftest import record
-from tests.train.test_run import run
-from train.config import Evaluation, Pretrained
-from train.data.config import Prompts, TokenizerFile
+from tests.train.test_run import final_arrays, run, steps, when_step
+from train import critic
+from train.config import LM, Evaluation, LoRA, Mesh, Pretrained, Stage
+from train.data.config import Data, Mixture, Part, Prompts, Text, TokenizerFile
+from train.episode import unpack
 from train.reinforcement import GRPO, PPO, Critic, OnlineDPO, Rollout
 from train.rewards.config import Function, RewardSource
+from train.rollout import SAVED
 
 pytestmark = pytest.mark.usefixtures("enough_devices")
 
+# Nats by which float32 sums, taken in another order, move the log-probability of a token.
+CLOSE = 1e-4
+
 REWARD = """
-def reward(prompts, completions, letter, **columns):
-    texts = [completion[0]["content"] for completion in completions]
-    return [text.count(each) / (len(text) + 1) for text, each in zip(texts, letter)]
+def reward(prompts, completions, **columns):
+    sums = [sum(map(ord, text)) for text in completions]
+    return [None if each % 16 == 15 else each % 2 for each in sums]
+
+def failing(prompts, completions, **columns):
+    failing.calls += 1
+    if failing.calls > 1:
+        raise RuntimeError("no more")
+    return reward(prompts, completions)
+
+failing.calls = 0
 """
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A reward function, and prompts of two kinds: short ones, and long ones that begin alike."""
+    folder = tmp_path_factory.mktemp("online")
+    (folder / "reward.py").write_text(REWARD)
+    prompts = [f"{n}{'+' * (n % 5)}" if n % 2 else f"What is the answer to this question {n}" for n in range(40)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return folder
+
+
 @pytest.fixture
-def online(config, tmp_path, compiled):
-    """The tiny run on completions of its own, which are the better the more e are in them."""
-    publish(tmp_path / "start", dataclasses.replace(config.model, num_layers=1, max_position=64), "qwen2")
-    (tmp_path / "reward.py").write_text(REWARD)
-    prompts = "".join(json.dumps({"prompt": f"{i}", "letter": "e"}) + "\n" for i in range(40))
-    (tmp_path / "prompts.jsonl").write_text(prompts)
-    judged = (RewardSource(source=Function(path=str(tmp_path / "reward.py"))),)
-    return dataclasses.replace(
+def online(config, folder, corpus):
+    """A function: an objective to five steps of it, of which three learn from an episode."""
+    start = folder / "start"
+    if not start.exists():
+        shape = dataclasses.replace(config.model, num_layers=1, max_position=64, vocab_size=260)
+        publish(start, shape, "qwen2")
+    data = Data(
+        source=Prompts(path=str(folder / "prompts.jsonl"), chat=False),
+        tokenizer=TokenizerFile(path=str(start)),
+        sequence_length=64,
+        held_out=0.0,
+    )
+    asked, text = Part(name="asked", source=data.source, weight=2.0), Text(path=str(corpus))
+    mixture = Mixture(parts=(asked, Part(name="text", source=text, weight=1.0)))
+    beside = lambda objective: dict(source=mixture) if getattr(objective, "text", 0) else {}
+    return lambda objective, **changes: dataclasses.replace(
         config,
-        model=Pretrained(path=str(tmp_path / "start"), dtype="float32"),
-        data=dataclasses.replace(
-            config.data,
-            source=Prompts(path=str(tmp_path / "prompts.jsonl"), format="qwen3-instruct-2507"),
-            tokenizer=TokenizerFile(path=str(tmp_path / "start")),
-            sequence_length=31,
-        ),
-        objective=GRPO(rollout=Rollout(completions=4, max_new_tokens=8), rewards=judged),
-        evaluation=Evaluation(every=2, samples=2),
-        batch_size=16,
-        accumulation=2,
-        steps=4,
+        model=Pretrained(path=str(start), dtype="float32"),
+        data=dataclasses.replace(data, **beside(objective)),
+        objective=objective,
+        evaluation=Evaluation(every=2, samples=0),
+        checkpoint=dataclasses.replace(config.checkpoint, every=3),
+        batch_size=8,
+        accumulation=1,
+        steps=5,
+        **changes,
     )
 
 
-OBJECTIVES = {
-    "grpo": lambda rewards: GRPO(rollout=Rollout(completions=4, max_new_tokens=8), rewards=rewards),
-    "ppo": lambda rewards: PPO(
-        rollout=Rollout(completions=4, max_new_tokens=8, updates=2), rewards=rewards, critic=Critic(warmup_steps=1)
-    ),
-    "online dpo": lambda rewards: OnlineDPO(rollout=Rollout(completions=4, max_new_tokens=8), rewards=rewards),
+@pytest.fixture
+def judged(folder):
+    """What objectives here have in common; the temperature is that of the policy."""
+    rewards = (RewardSource(source=Function(path=str(folder / "reward.py"))),)
+    rollout = Rollout(completions=4, max_new_tokens=8, temperature=1.25, updates=3, max_rows=4)
+    return lambda **changes: dict(rewards=rewards, rollout=dataclasses.replace(rollout, **changes))
+
+
+def saved_of(config) -> dict[str, np.ndarray]:
+    """What the last checkpoint keeps of rollouts."""
+    checkpoint = Checkpoints(Path(config.run_dir) / "checkpoints", warn=pytest.fail).latest_valid()
+    return unpack(checkpoint.read(SAVED), SAVED)
+
+
+def final_critic(config) -> list[bytes]:
+    checkpoint = Checkpoints(Path(config.run_dir) / "checkpoints", warn=pytest.fail).latest_valid()
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+        return [np.asarray(x).tobytes() for x in jax.tree.leaves(critic.restored(config, checkpoint, unroll=False))]
+
+
+KINDS = {
+    "grpo": lambda judged: GRPO(**judged(order="variance"), resample=1),
+    "ppo": lambda judged: PPO(**judged(ahead=1), critic=Critic(warmup_steps=1), text=0.5),
+    "online dpo": lambda judged: OnlineDPO(**judged()),
 }
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
-def test_a_run_on_its_own_completions_is_recorded(online, kind):
-    length = 62 if kind == "online dpo" else 31
-    data = dataclasses.replace(online.data, sequence_length=length)
-    config = dataclasses.replace(online, objective=OBJECTIVES[kind](online.objective.rewards), data=data)
+def asked_to_stop(config, step):
+    """Runs until it is asked to stop as it is about to take a step, counted from 0."""
+    with when_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert run(config) == SAVED_PLEASE_RESTART
+
+
+def killed(config, step):
+    def end():
+        raise RuntimeError("killed")
+
+    with when_step(step, end), pytest.raises(RuntimeError, match="killed"):
+        run(config)
+
+
+@pytest.mark.parametrize(
+    "kind, breaks",
+    [
+        ("grpo", [(asked_to_stop, 1, 2), (asked_to_stop, 3, 3)]),  # within an episode; before one, which is not sampled
+        ("ppo", [(asked_to_stop, 1, 2)]),
+        ("online dpo", [(killed, 4, 3)]),
+    ],
+)
+def test_broken_off_and_resumed_equals_unbroken_bit_for_bit(online, judged, tmp_path, kind, breaks):
+    config = online(KINDS[kind](judged))
+    broken = dataclasses.replace(config, run_dir=str(tmp_path / "broken"))
     assert run(config) == 0
+    for way, step, last in breaks:
+        way(broken, step)
+        assert steps(broken)[-1] == last
+        found = saved_of(broken)
+        assert ("next/number" in found) == (kind == "ppo")
+        if last == 2:
+            assert gap(found) < CLOSE and np.ptp(found["now/lengths"][:, 0]) > 0
+    assert run(broken) == 0
+
+    assert record(broken) == record(config)
+    told = [Path(each.run_dir, "rollouts.jsonl").read_text() for each in (config, broken)]
+    assert told[0] == told[1] and len(told[0].splitlines()) == 2 * 2 * 4
+    assert final_arrays(broken) == final_arrays(config)
+    here, there = saved_of(config), saved_of(broken)
+    assert here.keys() == there.keys()
+    for name in here:
+        if not name.startswith("now/measures/"):
+            np.testing.assert_array_equal(there[name], here[name])
+    assert 0 < sum(row["unjudged"] for row in record(config))
+    if kind == "ppo":
+        assert final_critic(broken) == final_critic(config) and here["moments"][0] > 0
+        assert [0 < row.get("text_loss", 0) < 20 for row in record(config)] == [False, True, True, True, True]
+
+
+def gap(found) -> float:
+    """How far trainer and sampler are apart, of the token where they are furthest."""
+    return np.abs(found["now/tokens/old"] - found["now/tokens/sampled"]).max()
+
+
+def test_trainer_and_sampler_agree_beside_an_adapter(online, judged):
+    lora = LoRA(rank=2, dropout=0.0, train_embeddings=True)
+    config = online(GRPO(**judged()), adapter=lora, export=None)
+    asked_to_stop(config, 3)
+    asked_to_stop(config, 4)
+    found = saved_of(config)
+    assert found["now/number"] == 1 and gap(found) < CLOSE
     rows = record(config)
-    assert {"loss", "reward", "reward_std", "completion_tokens", "rollout_tokens_per_second"} <= rows[0].keys()
-    assert "held_out_reward" in rows[-1]
-    told = [json.loads(line) for line in Path(config.run_dir, "rollouts.jsonl").read_text().splitlines()]
-    assert {"step", "prompt", "completion", "reward", "tokens", "finish_reason"} == told[0].keys()
+    assert 0 < rows[1]["kl"] < rows[3]["kl"]
+
+
+def test_a_mesh_learns_what_a_device_does(online, judged, tmp_path):
+    """Rows, columns, weights and heads are split; the engine has no columns to split."""
+    config = online(GRPO(**judged()))
+    split = dataclasses.replace(
+        config, run_dir=str(tmp_path / "split"), mesh=Mesh(fsdp=2, context=2, tensor=2), accumulation=2
+    )
+    for each in (config, split):
+        asked_to_stop(each, 1)
+    assert gap(saved_of(split)) < CLOSE
+    for there, here in zip(record(split), record(config), strict=True):
+        assert there == pytest.approx(here, rel=1e-4, abs=1e-6)
+
+
+def test_a_judge_that_fails_ends_the_run_with_its_state_saved(online, judged, folder):
+    failing = (RewardSource(source=Function(path=str(folder / "reward.py"), name="failing")),)
+    config = online(GRPO(**judged() | dict(rewards=failing)))
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=99))
+    with pytest.raises(DataError, match="judged 0 of 24 completions: RuntimeError: no more; mend it"):
+        run(config)
+    assert steps(config) == [3]
+    assert [row["step"] for row in record(config)] == [1, 2, 3]
+
+
+REFUSED = {
+    "text parts of data.source go with PPO and its field text above 0": lambda o, j: dataclasses.replace(
+        o(PPO(**j(), text=0.5)), objective=PPO(**j())
+    ),
+    "objective GRPO wants @Prompts as data.source": lambda o, j: dataclasses.replace(
+        o(GRPO(**j())), data=dataclasses.replace(o(GRPO(**j())).data, source=Text(path="x"))
+    ),
+    "objective LM wants no @Prompts": lambda o, j: o(LM()),
+    "objective GRPO compares with the model that the run begins with": lambda o, j: dataclasses.replace(
+        o(GRPO(**j())), model=tiny_config()
+    ),
+    "rewards=\\(\\) judge nothing": lambda o, j: GRPO(),
+    "rollout.completions=1 leaves nothing to compare": lambda o, j: GRPO(**j(completions=1)),
+    "updates=3 must be a multiple of passes=2": lambda o, j: j(passes=2),
+    "temperature=0.0 must be above 0": lambda o, j: j(temperature=0.0),
+    "importance_cap=0.5 must be at least 1": lambda o, j: j(importance_cap=0.5),
+    "must be whole prompts of objective.rollout.completions=5": lambda o, j: o(GRPO(**j(completions=5))),
+    "max_new_tokens=64 must be below data.sequence_length=64, which": lambda o, j: o(GRPO(**j(max_new_tokens=64))),
+    "max_new_tokens=32 must be below data.sequence_length=64 / 2, as a pair": lambda o, j: o(
+        OnlineDPO(**j(max_new_tokens=32))
+    ),
+    "objective GRPO has no stages": lambda o, j: o(GRPO(**j()), stages=(Stage(from_step=2),)),
+    "set adapter.dropout = 0.0 and leave noise out": lambda o, j: o(GRPO(**j()), adapter=LoRA()),
+    "of a RewardModel and a Verifier, and rewards are \\['Function'\\]": lambda o, j: GRPO(
+        **j(), shaping="qwen2.5-math"
+    ),
+    "kl=-0.1 must not be negative": lambda o, j: GRPO(**j(), kl=-0.1),
+    "trace=1.5 must be between 0 and 1": lambda o, j: PPO(**j(), trace=1.5),
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_refused(online, judged, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        REFUSED[sentence](online, judged)
+
+
+def test_a_cache_without_room_for_a_completion_is_refused(online, judged):
+    with pytest.raises(ConfigError, match="cache_tokens=8 has no room .* set it to 64 or more"):
+        run(online(GRPO(**judged(cache_tokens=8), kl=0.0)))
+
+
+def test_a_checkpoint_of_other_prompts_is_refused(online, judged, folder, tmp_path):
+    config = online(GRPO(**judged(), kl=0.0))
+    asked_to_stop(config, 1)
+    path = Path(config.data.source.path)
+    text = path.read_text()
+    try:
+        path.write_text(text.replace("3", "4"))
+        with pytest.raises(DataError, match="the prompts are not those that the checkpoint was trained on"):
+            run(config)
+    finally:
+        path.write_text(text)

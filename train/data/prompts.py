@@ -120,7 +120,7 @@ class Order:
 
     def take(self, count: int) -> np.ndarray:
         """The next so many prompts, int64 [count]; after the last of a round another begins."""
-        taken: list[np.ndarray] = []
+        taken = [np.zeros(0, np.int64)]
         while count:
             if self._place >= len(self._spread):
                 self._round, self._place = self._round + 1, 0

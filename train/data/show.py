@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,9 +17,11 @@ from qwen_jax.text import Tokenizer
 from train.command import ConfigParser, resolve
 from train.config import TrainConfig
 from train.data import prepare
+from train.data.prompts import Order, Prompt
 from train.data.rows import GOOD, Batch
 from train.progress import Report
-from train.stream import Stream, chat_format, check_parts, count_steps, facts, stream
+from train.reinforcement import Online
+from train.stream import Stream, chat_format, check_parts, count_steps, facts, read_prompts, stream
 
 EPILOG = """\
 What is trained is green, or in ⟦ ⟧ where there is no colour (NO_COLOR, or no terminal). A line with positions is the
@@ -43,15 +46,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_parts(config)
     chat = chat_format(config, warn=report.warn)
     corpus = prepare(config.data, Path(config.run_dir).expanduser(), seed=config.seed, report=report.line, chat=chat)
-    config = count_steps(config, corpus, 0)
+    asked, _ = read_prompts(config, corpus.tokenizer, chat, report=report.line)
+    config = count_steps(config, corpus, len(asked))
     if not 0 <= options.step < config.steps:
         raise ConfigError(f"--step {options.step} is not one of the {config.steps:,} steps, counted from 0")
     steps, stage = next(each for each in config.stage_configs if options.step in each[0])
-    read = stream(corpus, steps, stage)
     paint = _Paint(color=sys.stdout.isatty() and not os.environ.get("NO_COLOR"), whole=options.whole)
-    for line in _lines(read, options.step, options.rows, steps, stage, corpus.tokenizer, paint):
+    for line in _prompts(asked, options.step, options.rows, stage, corpus.tokenizer, paint) if asked else ():
         print(line)
+    if corpus.parts:
+        stage = stage.text_config or stage
+        read = stream(corpus, steps, stage)
+        for line in _lines(read, options.step, options.rows, steps, stage, corpus.tokenizer, paint):
+            print(line)
     return 0
+
+
+def _prompts(
+    asked: Sequence[Prompt], step: int, count: int, config: TrainConfig, tokenizer: Tokenizer, paint: _Paint
+) -> Iterator[str]:
+    """Prompts of the episode of a step, in the order of a run that knows no rewards, and what they are judged by."""
+    assert isinstance(config.objective, Online)
+    rollout, order = config.objective.rollout, Order(len(asked), seed=config.seed, by_variance=False)
+    groups = config.completions_per_episode // rollout.completions
+    order.take(step // rollout.updates * groups)
+    for number in order.take(min(count, groups)).tolist():
+        prompt = asked[number]
+        yield paint.bold(f"prompt {number}: {len(prompt.ids):,} tokens, {prompt.origin}")
+        text = paint.text(tokenizer.decode(prompt.ids, skip_special=False), False)
+        yield from (f"   {line}" for line in text.split("\n"))
+        for name, value in prompt.columns.items():
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield paint.dim(f"── {name}: ") + paint.text(shown, False)
+        yield ""
+    yield paint.bold(
+        f"{len(asked):,} prompts; an episode asks {groups:,} of them {rollout.completions} times, for "
+        f"{rollout.updates} steps of {config.batch_size:,} completions"
+    )
 
 
 def _lines(
