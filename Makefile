@@ -1,4 +1,5 @@
 # make demo   train a small Qwen on real text and sample from it
+# make align-demo  the stages of alignment in small
 # make test   the whole test suite
 # make check  lint and types
 # make parity compare with PyTorch and transformers
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check parity bench
+.PHONY: demo align-demo test check parity bench
 
 # One stamp per set of extras: installed once, and again when the dependencies change.
 $(VENV)/core: setup.cfg pyproject.toml
@@ -31,6 +32,9 @@ $(VENV)/parity: $(VENV)/test
 demo: $(VENV)/core
 	$(BIN)/python -m train configs/quickstart.gin
 	$(BIN)/python -m infer generate runs/quickstart --prompt 'def ' --prompt 'import ' --prompt 'class ' --max-new-tokens 160 --temperature 0.6 --seed 0
+
+align-demo: $(VENV)/core
+	$(BIN)/python benchmarks/align_demo.py
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -1,4 +1,4 @@
-"""Runs of the quick start with some fields changed, for benchmarks that compare what was really trained."""
+"""Runs of a config with some fields changed, for benchmarks that compare what was really trained."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ QUICKSTART = Path("configs/quickstart.gin")
 GREY = "#6b6b6b"
 
 
-def train(run_dir: Path, changes: Mapping[str, object]) -> None:
-    """Trains as `python -m train configs/quickstart.gin --set ...` does, unless all steps of that very run are done."""
+def train(run_dir: Path, changes: Mapping[str, object], config_file: Path = QUICKSTART) -> None:
+    """Trains as `python -m train CONFIG.gin --set ...` does, unless all steps of that very run are done."""
     spell = lambda value: value if isinstance(value, str) and value.startswith("@") else repr(value)
     lines = [f"{path} = {spell(value)}" for path, value in {"run_dir": str(run_dir), **changes}.items()]
-    config, origins = bindings.resolve(TrainConfig, [*bindings.read(QUICKSTART), *bindings.parse_set(lines)])
+    config, origins = bindings.resolve(TrainConfig, [*bindings.read(config_file), *bindings.parse_set(lines)])
     run_directory.check_same_run(run_dir, config)
     if config.steps in Checkpoints(run_dir / "checkpoints", warn=print).steps():
         return
