@@ -21,8 +21,16 @@ from qwen_jax.weights.usage import turn_ends
 from train.rewards.verifiers import tagged
 
 FORM = FORMATS["qwen3-instruct-2507"]
-DIGITS = range(4, 9)  # of a task
-COUNTS = {"texts": 6000, "chats": 6000, "prompts": 4000, "pairs": 3000, "test": 600}
+DIGITS = range(4, 7)  # of a task
+BOTH = ("sort", "sort", "reverse")
+# How many of which: what is known before, what it is tuned to answer, what it is asked and judged by, and what no run sees.
+COUNTS = {
+    "texts": (4500, BOTH),
+    "chats": (4500, BOTH),
+    "prompts": (2000, ("reverse",)),
+    "pairs": (1500, ("reverse",)),
+    "test": (400, ("sort", "reverse")),
+}
 ROWS, NEW_TOKENS, PAGE = 128, 16, 32
 
 Task = Mapping[str, str]  # its prompt and its answer
@@ -31,12 +39,12 @@ Task = Mapping[str, str]  # its prompt and its answer
 def write_data(folder: Path) -> None:
     """Texts, conversations, prompts, pairs of a right and a wrong answer, and what no run sees; all of other digits."""
     draw, seen = random.Random(0), set()
-    made = {name: _tasks(draw, seen, count, ("sort", "reverse")) for name, count in COUNTS.items()}
+    made = {name: _tasks(draw, seen, *what) for name, what in COUNTS.items()}
     rows = {
         "texts": [{"text": f"user\n{each['prompt']}\nassistant\n{_said(each['answer'])}\n"} for each in made["texts"]],
         "chats": [{"messages": conversation(each)} for each in made["chats"]],
-        "prompts": [each for each in made["prompts"] if each["prompt"].startswith("sort")],
-        "pairs": [_pair(draw, each) for each in made["pairs"] if each["prompt"].startswith("sort")],
+        "prompts": made["prompts"],
+        "pairs": [_pair(draw, each) for each in made["pairs"]],
         "test": made["test"],
     }
     folder.mkdir(parents=True, exist_ok=True)
