@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from qwen_jax.errors import FileError
@@ -43,7 +43,7 @@ class Saver:
         self._failures = 0
         self._last: FileError | None = None
 
-    def save(self, step: int, state: State, files: Mapping[str, bytes]) -> None:
+    def save(self, step: int, state: State, files: Mapping[str, bytes] = MappingProxyType({})) -> None:
         """Begins to save the state after `step` steps, which may be donated once this returns, with more files."""
         if self._running and self._tried(step, self._checkpoints.wait):
             self._failures = 0
