@@ -18,7 +18,7 @@ class Disk:
     def __init__(self, full):
         self.full, self.saved, self.failed, self.running = full, [], [], None
 
-    def save(self, step, *, params, optimizer, files, meta):
+    def save(self, step, *, params, optimizer, critic, files, meta):
         if self.full.get(step) == "at once":
             raise FileError("disk full")
         self.running = step
