@@ -15,7 +15,7 @@ from qwen_jax import sharding
 from train import objectives, optim
 from train.config import LM
 from train.run import watch
-from train.step import initial_state, make_train_step
+from train.step import State, initial_state, make_train_step
 
 # The same sums in float32 in another order. Gradients are compared by Adam's first moment, a tenth of them: the step
 # itself is g / |g| at first, which for a gradient that is zero but for rounding (the keys' bias) is anything.
@@ -125,3 +125,31 @@ def test_state_is_float32_when_activations_are_not(config):
     after, metrics = jax.eval_shape(step, state, batch(half, 1))
     moments = [x for x in jax.tree.leaves((state.optimizer, after.optimizer)) if x.ndim]
     assert {x.dtype for x in jax.tree.leaves((after.params, metrics, moments))} == {jnp.dtype("float32")}
+
+
+def test_text_beside_adds_its_own_mean(mesh):
+    """Micro-batches of unequal weight, and of another number than the objective's."""
+
+    def of(params, batch):
+        sums = {"loss": jnp.sum(batch["weights"] * jnp.sin(batch["tokens"] * params["w"]))}
+        return sums["loss"], sums | {"weight": jnp.sum(batch["weights"])}
+
+    follow = optax.GradientTransformationExtraArgs(
+        lambda params: (), lambda gradient, state, params, **_: (jax.tree.map(jnp.negative, gradient), state)
+    )
+    rng = np.random.default_rng(0)
+    made = lambda *shape: {name: jnp.asarray(rng.random(shape, np.float32)) for name in ("tokens", "weights")}
+    batch, text = made(2, 4, 3), made(3, 8, 3)
+
+    def step(batch, beside=None):
+        state = State(jnp.zeros((), jnp.int32), {"w": jnp.float32(0.7)}, ())
+        state, metrics = make_train_step(of, follow, lambda step: jnp.float32(1), beside=beside)(state, batch)
+        return float(state.params["w"]) - 0.7, metrics
+
+    alone, of_alone = step(batch)
+    other, of_other = step(text)
+    both, of_both = step({**batch, "text": text}, (of, 0.25))
+    assert both == pytest.approx(alone + 0.25 * other, rel=1e-5) and abs(other) > 0.1
+    assert of_both["text_loss"] == pytest.approx(float(of_other["loss"]), rel=LOSS * 10)
+    assert of_both["loss"] == of_alone["loss"] and of_both["weight"] == of_alone["weight"]
+    assert step({**batch, "text": text}, (of, 0.0))[0] == pytest.approx(alone, rel=1e-6)

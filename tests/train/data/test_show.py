@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from tests.conftest import tiny_config
+from tests.published import publish
 from train.data import show
 
 CONFIG = """
@@ -59,3 +61,35 @@ def test_rows_their_borders_and_what_is_trained(config, capsys, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     show.main([config, "--rows", "2"])
     assert capsys.readouterr().out == plain
+
+
+def test_prompts_as_the_model_sees_them_and_what_they_are_judged_by(config, tmp_path, capsys):
+    """Beside the text that is trained on with them."""
+    rows = [{"prompt": f"{i} + 1?", "answer": f"{i + 1}", "meta": {"n": i}} for i in range(9)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = (
+        "objective = @PPO",
+        "objective.text = 0.5",
+        "objective.kl = 0.0",
+        "objective.rewards.1.source = @Verifier",
+        'objective.rewards.1.source.name = "math"',
+        "objective.rollout.max_new_tokens = 8",
+        "data.source.parts.2.source = @Prompts",
+        f'data.source.parts.2.source.path = "{tmp_path}/prompts.jsonl"',
+        'data.source.parts.2.source.format = "qwen2"',
+        "model = @Pretrained",
+        f'model.path = "{tmp_path}/start"',
+    )
+    publish(tmp_path / "start", tiny_config(vocab_size=260, max_position=128), "qwen2")
+    path = tmp_path / "asked.gin"
+    text = (tmp_path / "a.gin").read_text()
+    kept = [line for line in text.splitlines() if not line.startswith(("model", "data.source.parts.2.source"))]
+    path.write_text("\n".join([*kept, *changes]))
+    assert show.main([str(path), "--rows", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"prompt (\d): \d+ tokens, .*prompts.jsonl:\d", shown)
+    number = re.search(r"prompt (\d)", shown)[1]
+    assert f"<|im_start|>user\n   {number} + 1?<|im_end|>\n   <|im_start|>assistant" in shown
+    assert f"── answer: {int(number) + 1}\n" in shown and f'── meta: {{"n": {number}}}' in shown
+    assert "9 prompts; an episode asks 1 of them 2 times, for 1 steps of 2 completions" in shown
+    assert re.search(r"row 0 of step 0: \d+ documents?, 128 of 128 columns", shown)
