@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 from qwen_jax import bindings
 from qwen_jax.command import run_command
 from train.command import ConfigParser, resolve
 from train.config import TrainConfig
+from train.reinforcement import ROLLOUT
 
 EPILOG = """\
 The run directory named by the config gets config.gin, tokenizer.json, metrics.jsonl, TensorBoard events, loss.png and
@@ -41,5 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(config, text, resume=options.resume, fresh=options.fresh)
 
 
+def leave(code: int) -> NoReturn:
+    """Ends the process, and with it a rollout that was left behind, which the interpreter's end would crash."""
+    if any(thread.name == ROLLOUT for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command("train", main))
+    leave(run_command("train", main))

@@ -18,7 +18,7 @@ from qwen_jax.weights.usage import turn_ends
 from train.adapter import Frozen
 from train.config import TrainConfig
 from train.data.prompts import Prompt
-from train.reinforcement import Online
+from train.reinforcement import ROLLOUT, Online
 from train.rewards.judge import Judge, Judged, Sample
 from train.sampling import Follower
 from train.step import State
@@ -109,7 +109,7 @@ class Player:
         self._playing: Future[Any] = Future()
         self._playing.set_result(None)
         self._given_up = threading.Event()
-        self._doing = "sampling"
+        self._doing = "compiling"
 
     def start(self, play: Callable[[Engine], Any], state: State, frozen: Frozen) -> Future[Any]:
         """Begins to play with the engine at these weights, which may be donated once this returns.
@@ -131,7 +131,7 @@ class Player:
                 playing.set_result(made)
 
         # Not one of a pool, which the end of the process would wait for, however long a judge takes.
-        self._thread = threading.Thread(target=whole, name="rollout", daemon=True)
+        self._thread = threading.Thread(target=whole, name=ROLLOUT, daemon=True)
         self._thread.start()
         return playing
 

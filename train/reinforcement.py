@@ -9,6 +9,8 @@ from qwen_jax.errors import ConfigError
 from train.alignment import DPO
 from train.rewards.config import RewardSource
 
+ROLLOUT = "rollout"  # the name of the thread that samples
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:

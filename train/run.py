@@ -266,9 +266,8 @@ def train_stage(
                 unread = (step, {**metrics, **known})
 
         if exit_code:
-            report.line(
-                f"stopped after step {step} of {config.steps}, state saved; the same command goes on from there"
-            )
+            what = f"after step {step} of {config.steps}, state saved" if step else "before the first step was done"
+            report.line(f"stopped {what}; the same command goes on from there")
         if first_host:
             try:
                 plot.draw(directory, entropies=held_out.entropies if held_out else None)
@@ -441,6 +440,8 @@ def describe(config: TrainConfig, mesh: Mesh, step: int, report: Report) -> None
     split = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     report.fact("devices", f"{mesh.size} x {device.device_kind} ({device.platform})" + (f": {split}" if split else ""))
     rows = f"{config.batch_size:,} rows of {config.data.sequence_length:,} tokens"
+    if isinstance(config.objective, Online):
+        rows = f"{config.batch_size:,} completions; {config.completions_per_episode:,} are sampled together"
     report.fact("steps", f"{config.steps:,} of {rows}" + (f", from {step:,}" if step else ""))
     report.fact("run_dir", config.run_dir)
 
