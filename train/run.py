@@ -227,7 +227,7 @@ def train_stage(
                 # After the save at the same step, so that a run stopped in between evaluates once it goes on. The step
                 # that a stage begins with is the last of the stage before.
                 due = last or (step > steps.start and step % config.evaluation.every == 0)
-                evaluating = held_out and due and not (exit_code or failure)
+                evaluating = bool(held_out) and due and not (exit_code or failure)
                 if saving or evaluating:
                     # Nothing is saved before it is known to be finite: here the last step is read at once.
                     watch(unread, config, record, report)
@@ -238,7 +238,7 @@ def train_stage(
                 if failure:
                     raise failure
                 try:
-                    if evaluating:
+                    if held_out and evaluating:
                         measures, line = held_out.evaluate(state, whole=last)
                         record.held_out(step, **measures)
                         report.line(f"step {step}: {line}")
@@ -340,8 +340,9 @@ def asking(
         player = Player(config, shared.prompts, tokenizer, judge, mesh, stopping=stopping, show=report.busy)
         saved = checkpoint.read(SAVED) if checkpoint else None
         try:
-            beside = dict(table=table(shared.directory / TABLE), text=rows, warn=report.warn)
-            rollouts = Rollouts(config, shared.prompts[0], player, saved=saved, **beside)
+            told = table(shared.directory / TABLE)
+            how = dict[str, Any](saved=saved, table=told, text=rows, warn=report.warn)
+            rollouts = Rollouts(config, shared.prompts[0], player, **how)
             samples = table(shared.directory / SAMPLES)
             yield rollouts, Exam(config, shared.prompts[1], player, frozen, samples) if shared.prompts[1] else None
         finally:

@@ -207,13 +207,15 @@ def make_train_step(
         if seed is not None:
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             batch = {**batch, "key": jax.random.split(key, len(batch["tokens"]))}
-        own = {name: x for name, x in batch.items() if name != "text"}
+        own: dict[str, Any] = dict(batch)
+        text = own.pop("text", None)
         gradient, weight, sums = _mean_gradient(loss, state.params, own)
         measured = {name: value / weight for name, value in sums.items() if name != "weight"}
         if beside:
-            of_text = lambda params, micro: beside[0](join(params, frozen, None), micro)
-            other, tokens, said = _mean_gradient(of_text, state.params, batch["text"])
-            gradient = jax.tree.map(lambda g, more: g + beside[1] * more, gradient, other)
+            other, share = beside
+            of_text = lambda params, micro: other(join(params, frozen, None), micro)
+            more, tokens, said = _mean_gradient(of_text, state.params, text)
+            gradient = jax.tree.map(lambda g, more: g + share * more, gradient, more)
             measured["text_loss"] = said["loss"] / tokens
         rate, before = learning_rate(state.step), (state.optimizer, state.params)
         changes, moments = optimizer.update(gradient, *before, rate=rate, learned=frozen.learned)
