@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 
 import pytest
 
+from qwen_jax.errors import ConfigError
 from tests.published import tiny_tokenizer
 from train import player
 from train.data.prompts import Prompt
@@ -67,3 +69,12 @@ def test_a_judge_that_hangs_is_left_behind(made, monkeypatch):
     assert not playing.done()
     hangs.set()
     assert playing.result(5)
+
+
+def test_a_cache_without_room_for_a_completion_is_refused(judged_by_rule):
+    prompts = [[Prompt(origin="", text="?", asked="?", ids=[1] * 30, columns={})], []]
+    config = judged_by_rule(GRPO)
+    rollout = dataclasses.replace(config.objective.rollout, cache_tokens=32)
+    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, rollout=rollout))
+    with pytest.raises(ConfigError, match="cache_tokens=32 has no room .* set it to 64 or more"):
+        player.Player(config, prompts, tiny_tokenizer(), None, None, stopping=bool, show=print)
