@@ -129,24 +129,21 @@ def killed(config, step):
 
 
 @pytest.mark.parametrize(
-    "kind, breaks",
+    "kind, how",
     [
-        ("grpo", [(asked_to_stop, 1, 2), (asked_to_stop, 3, 3)]),  # within an episode; before one, which is not sampled
-        ("ppo", [(asked_to_stop, 1, 2)]),
-        ("online dpo", [(killed, 4, 3)]),
+        ("grpo", (asked_to_stop, 3, 3)),  # before an episode, which is not sampled
+        ("ppo", (asked_to_stop, 1, 2)),  # within an episode
+        ("online dpo", (killed, 4, 3)),
     ],
 )
-def test_broken_off_and_resumed_equals_unbroken_bit_for_bit(online, judged, tmp_path, kind, breaks):
+def test_broken_off_and_resumed_equals_unbroken_bit_for_bit(online, judged, tmp_path, kind, how):
     config = online(KINDS[kind](judged))
     broken = dataclasses.replace(config, run_dir=str(tmp_path / "broken"))
     assert run(config) == 0
-    for way, step, last in breaks:
-        way(broken, step)
-        assert steps(broken)[-1] == last
-        found = saved_of(broken)
-        assert ("next/number" in found) == (kind == "ppo")
-        if last == 2:
-            assert gap(found) < CLOSE and np.ptp(found["now/lengths"][:, 0]) > 0
+    way, step, last = how
+    way(broken, step)
+    assert steps(broken)[-1] == last
+    assert ("next/number" in saved_of(broken)) == (kind == "ppo")
     assert run(broken) == 0
 
     assert record(broken) == record(config)
@@ -159,6 +156,8 @@ def test_broken_off_and_resumed_equals_unbroken_bit_for_bit(online, judged, tmp_
         if not name.startswith("now/measures/"):
             np.testing.assert_array_equal(there[name], here[name])
     assert 0 < sum(row["unjudged"] for row in record(config))
+    if kind == "grpo":
+        assert gap(here) < CLOSE and np.ptp(here["now/lengths"], axis=0).min() > 0
     if kind == "ppo":
         assert final_critic(broken) == final_critic(config) and here["moments"][0] > 0
         assert [0 < row.get("text_loss", 0) < 20 for row in record(config)] == [False, True, True, True, True]
@@ -169,25 +168,20 @@ def gap(found) -> float:
     return np.abs(found["now/tokens/old"] - found["now/tokens/sampled"]).max()
 
 
-def test_trainer_and_sampler_agree_beside_an_adapter(online, judged):
+def test_a_mesh_learns_what_a_device_does_and_samples_as_it_trains(online, judged, tmp_path):
+    """Beside an adapter. Rows, columns, weights and heads are split; the engine has no columns to split."""
     lora = LoRA(rank=2, dropout=0.0, train_embeddings=True)
-    config = online(GRPO(**judged()), adapter=lora, export=None)
-    assert run(config) == 0
-    found = saved_of(config)
-    assert found["now/number"] == 1 and gap(found) < CLOSE
-    rows = record(config)
-    assert 0 < rows[1]["kl"] < rows[3]["kl"]
-
-
-def test_a_mesh_learns_what_a_device_does(online, judged, tmp_path):
-    """Rows, columns, weights and heads are split; the engine has no columns to split."""
-    config = online(GRPO(**judged()))
-    split = online(GRPO(**judged(max_rows=1)), mesh=Mesh(fsdp=2, context=2, tensor=2))
+    config = online(GRPO(**judged()), adapter=lora)
+    split = online(GRPO(**judged(max_rows=1)), adapter=lora, mesh=Mesh(fsdp=2, context=2, tensor=2))
     split = dataclasses.replace(split, run_dir=str(tmp_path / "split"), accumulation=2)
     for each in (config, split):
-        asked_to_stop(each, 1)
-    assert gap(saved_of(split)) < CLOSE
-    for there, here in zip(record(split), record(config), strict=True):
+        assert run(each) == 0
+        found = saved_of(each)
+        assert found["now/number"] == 1 and gap(found) < CLOSE
+    rows = record(config)
+    assert 0 < rows[1]["kl"] < rows[4]["kl"]
+    # The first episode: the second is sampled from weights that differ by rounding.
+    for there, here in zip(record(split)[:3], rows, strict=False):
         assert there == pytest.approx(here, rel=1e-4, abs=1e-6)
 
 
