@@ -78,7 +78,7 @@ def online(config, folder, corpus):
         model=Pretrained(path=str(start), dtype="float32"),
         data=dataclasses.replace(data, **beside(objective), sequence_length=length(objective)),
         objective=objective,
-        evaluation=Evaluation(every=2, samples=0),
+        evaluation=Evaluation(every=2, samples=int(isinstance(objective, OnlineDPO))),
         checkpoint=dataclasses.replace(config.checkpoint, every=3),
         batch_size=8,
         accumulation=1,
@@ -138,6 +138,8 @@ def killed(config, step):
 )
 def test_broken_off_and_resumed_equals_unbroken_bit_for_bit(online, judged, tmp_path, kind, how):
     config = online(KINDS[kind](judged))
+    if kind == "online dpo":
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, held_out=0.2))
     broken = dataclasses.replace(config, run_dir=str(tmp_path / "broken"))
     assert run(config) == 0
     way, step, last = how
@@ -147,16 +149,20 @@ def test_broken_off_and_resumed_equals_unbroken_bit_for_bit(online, judged, tmp_
     assert run(broken) == 0
 
     assert record(broken) == record(config)
-    told = [Path(each.run_dir, "rollouts.jsonl").read_text() for each in (config, broken)]
-    assert told[0] == told[1] and len(told[0].splitlines()) == 2 * 2 * 4
+    for name, count in {"rollouts.jsonl": 2 * 2 * 4, "samples.jsonl": 3 if kind == "online dpo" else 0}.items():
+        told = [Path(each.run_dir, name).read_text() for each in (config, broken)]
+        assert told[0] == told[1] and len(told[0].splitlines()) == count
     assert final_arrays(broken) == final_arrays(config)
     here, there = saved_of(config), saved_of(broken)
     assert here.keys() == there.keys()
     for name in here:
         if not name.startswith("now/measures/"):
             np.testing.assert_array_equal(there[name], here[name])
-    assert 0 < sum(row["unjudged"] for row in record(config))
+    assert 0 < sum(row.get("unjudged", 0) for row in record(config))
+    if kind == "online dpo":
+        assert [row["step"] for row in record(config) if "held_out_reward" in row] == [2, 4, 5]
     if kind == "grpo":
+        assert Path(config.run_dir, "loss.png").exists()
         assert gap(here) < CLOSE and np.ptp(here["now/lengths"], axis=0).min() > 0
     if kind == "ppo":
         assert final_critic(broken) == final_critic(config) and here["moments"][0] > 0
