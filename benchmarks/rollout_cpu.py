@@ -3,8 +3,8 @@
     python benchmarks/rollout_cpu.py            # REDUCED=1 in the environment: a tiny model, to see that all sides run
 
 Random weights hardly ever end a text, so every completion is as long as it may be. Both sides begin with the same
-folder, in float32, without a reference model, and are rewarded by a function in Python. Needs `pip install trl datasets`
-beside the extra `parity`.
+folder, in float32, without a reference model, and are rewarded by a function in Python. Beside the extra `parity` this
+needs `pip install trl datasets`.
 """
 
 from __future__ import annotations

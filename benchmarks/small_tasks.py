@@ -23,7 +23,7 @@ from train.rewards.verifiers import tagged
 FORM = FORMATS["qwen3-instruct-2507"]
 DIGITS = range(4, 7)  # of a task
 BOTH = ("sort", "sort", "reverse")
-# How many of which: what is known before, what it is tuned to answer, what it is asked and judged by, and what no run sees.
+# How many of which: read at first, tuned to answer, asked and judged, compared, and what no run sees.
 COUNTS = {
     "texts": (4500, BOTH),
     "chats": (4500, BOTH),
@@ -115,7 +115,9 @@ def _tasks(draw: random.Random, seen: set[str], count: int, kinds: Sequence[str]
             continue
         seen.add(digits)
         kind = kinds[len(made) % len(kinds)]
-        made.append({"prompt": f"{kind} {digits}", "answer": "".join(sorted(digits)) if kind == "sort" else digits[::-1]})
+        made.append(
+            {"prompt": f"{kind} {digits}", "answer": "".join(sorted(digits)) if kind == "sort" else digits[::-1]}
+        )
     return made
 
 
