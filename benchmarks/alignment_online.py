@@ -6,7 +6,7 @@ From the root of the repository. The runs are those of configs/demo/align-*.gin:
 sort and to reverse digits, and stopped while it reverses them rightly less than half of the time; then GRPO, PPO, DPO
 online and offline, and DPO with merging begin with it, and are asked what no run has seen. Trains by the path of
 `python -m train`; what is there already in runs/align is not trained again. Writes docs/alignment_online.png and the
-last part of docs/alignment.md.
+part of docs/alignment.md about it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from small_runs import picture, train
+from small_runs import picture, train, write_measured
 from small_tasks import answer_loss, answers, conversation, read_tests, right, write_data
 
 from train.record import METRICS, rows
@@ -27,7 +27,6 @@ from train.rewards.verifiers import tagged
 
 CONFIGS, RUNS = Path("configs/demo"), Path("runs/align")
 PAGE, PICTURE = Path("docs/alignment.md"), Path("docs/alignment_online.png")
-HEADING = "## Measured online\n"
 SEEDS = (0, 1, 2)
 SAMPLES = 8  # answers of the tuned model to a prompt, of which a right and a wrong one are a pair
 LEAST_RISE = 0.2  # of what is answered rightly, by GRPO and by PPO
@@ -138,12 +137,6 @@ def draw_picture(seeds: Mapping[int, Mapping[str, Path]]) -> None:
     figure.savefig(PICTURE)
 
 
-def write_page(table: str) -> None:
-    """Puts what was measured behind all that the page says before."""
-    before, _, _ = PAGE.read_text().partition(HEADING)
-    PAGE.write_text(before.rstrip("\n") + "\n\n" + HEADING + TEXT.format(table=table))
-
-
 def main(seeds: list[int]) -> int:
     """1 if a bar is missed."""
     # All seeds compile the same programs.
@@ -164,7 +157,7 @@ def main(seeds: list[int]) -> int:
     print("\n".join(lines))
     if len(seeds) == len(SEEDS):
         draw_picture(folders)
-        write_page("\n".join(lines))
+        write_measured(PAGE, TEXT.format(table="\n".join(lines)), "Measured online")
     return int(not passed)
 
 

@@ -41,7 +41,9 @@ def picture() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def write_measured(page: Path, measured: str) -> None:
-    """Puts what was measured in the place of all that follows the heading "Measured" of a page."""
-    before, heading, _ = page.read_text().partition("## Measured\n")
-    page.write_text(before + heading + measured)
+def write_measured(page: Path, measured: str, heading: str = "Measured") -> None:
+    """Puts what was measured in the place of what stands under a heading of a page, up to the next heading."""
+    before, title, rest = page.read_text().partition(f"## {heading}\n")
+    assert title, f"{page} has no heading {heading}"
+    _, following, after = rest.partition("\n## ")
+    page.write_text(before + title + measured + following + after)

@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax import model, sharding
+from qwen_jax import sharding
 from qwen_jax.engine import Capacity, Completion, Request, Sampling, generate, load
-from qwen_jax.ops.loss import token_log_probs
 from qwen_jax.text.chat import FORMATS, encode
 from qwen_jax.weights.load import load_params
 from qwen_jax.weights.source import open_model
 from qwen_jax.weights.usage import turn_ends
+from train.objectives.dpo import log_probs
 from train.rewards.verifiers import tagged
 
 FORM = FORMATS["qwen3-instruct-2507"]
@@ -101,8 +100,8 @@ def answer_loss(path: Path, tasks: Sequence[Task]) -> float:
         for row, each in enumerate(encoded):
             ids[row, : len(each.ids)], weights[row, : len(each.ids)] = each.ids, each.mask
         positions = np.broadcast_to(np.arange(2 * PAGE - 1, dtype=np.int32), ids[:, 1:].shape)
-        hidden = jax.jit(model.forward, static_argnums=0)(config, params, jnp.asarray(ids[:, :-1]), positions)
-        found = token_log_probs(hidden, model.head(params), jnp.asarray(ids[:, 1:]))
+        batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "positions": positions, "segments": positions * 0 + 1}
+        found = jax.jit(log_probs, static_argnums=0)(config, params, batch)
         return -float(np.average(np.asarray(found), weights=weights[:, 1:]))
 
 
