@@ -74,7 +74,8 @@ def own_pairs(seed: int, model: Path) -> Path:
         tasks = [json.loads(line) for line in (RUNS / "data/prompts.jsonl").read_text().splitlines()]
         lines = []
         for task, texts in zip(tasks, answers(model, tasks, temperature=1.0, samples=SAMPLES), strict=True):
-            by_verdict = {tagged(text, task["answer"]): text for text in texts}
+            # Bytes that are no text, which a small model makes now and then, cannot be in a file of pairs.
+            by_verdict = {tagged(text, task["answer"]): text for text in texts if text.isprintable()}
             if len(by_verdict) == 2:
                 asked, said = conversation(task)
                 says = lambda verdict, by=by_verdict, said=said: [said | {"content": by[verdict]}]
