@@ -88,10 +88,10 @@ def models(seed: int) -> dict[str, Path]:
     """The folders of all runs of a seed."""
     sft = stage(seed, "sft", "sft", {})
     of = {"MODEL": str(sft)}
-    dpo = of | {"steps": DPO_STEPS, "objective.beta": 0.1, "optimizer.peak_lr": 2e-4}
+    dpo = of | {"steps": DPO_STEPS, "objective.beta": 0.1, "optimizer.peak_lr": 1e-4}
     pairs = dpo | {"data.source.path": str(own_pairs(seed, sft)), "batch_size": 12}
     merging = {"merging": "@OnlineMerging", "merging.base": str(RUNS / "base")}
-    merging |= {"merging.reserve": 0.5, "merging.alpha": 1e-3, "optimizer.peak_lr": 4e-4}
+    merging |= {"merging.reserve": 0.5, "merging.alpha": 1e-3, "optimizer.peak_lr": 2e-4}
     return {
         "sft": sft,
         "grpo": stage(seed, "grpo", "grpo", of),
