@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -44,11 +44,6 @@ class Episode:
         """Where the tokens of each completion begin in `tokens`, and the last end, int64 [n + 1]."""
         return np.concatenate([[0], np.cumsum(self.lengths[:, 1], dtype=np.int64)])
 
-    def completion(self, index: int) -> np.ndarray:
-        """The ids of a completion."""
-        end = int(self.lengths[: index + 1].sum())
-        return self.ids[end - self.lengths[index, 1] : end]
-
     def rows(
         self, items: Sequence[Sequence[int]], length: int, tokens: Mapping[str, np.ndarray], *, pairs: bool = False
     ) -> Batch:
@@ -60,44 +55,48 @@ class Episode:
           tokens: arrays like `tokens`, which are put where the target is of the completion, and are 0 elsewhere.
           pairs: whether items are pairs, whose texts are labelled and grouped.
         """
-        ends = np.cumsum(self.lengths.sum(1))
-        columns = np.array([sum(int(self.lengths[i].sum()) - 1 for i in item) for item in items])
-        order, bounds = best_fit(columns, length, seed=0) if len(items) else (columns, np.zeros(1, np.int64))
         ints = ("tokens", "targets", "positions", "segments", *(("labels", "groups") if pairs else ()))
-        shape = (len(bounds) - 1, length)
+        places = list(self._places(items, length))
+        shape = (1 + max((row for row, *_ in places), default=-1), length)
         batch = {name: np.zeros(shape, np.int32) for name in ints}
         batch |= {name: np.zeros(shape, np.float32) for name in tokens}
-        starts = self.bounds
+        ends, starts = np.cumsum(self.lengths.sum(1)), self.bounds
+        for row, group, place, i, segment, column in places:
+            asked, made = self.lengths[i].tolist()
+            ids = self.ids[ends[i] - asked - made : ends[i]]
+            whole = slice(column, column + asked + made - 1)
+            said = slice(column + asked - 1, whole.stop)
+            batch["tokens"][row, whole], batch["targets"][row, whole] = ids[:-1], ids[1:]
+            batch["positions"][row, whole] = np.arange(asked + made - 1)
+            batch["segments"][row, whole] = segment
+            for name, values in tokens.items():
+                batch[name][row, said] = values[starts[i] : starts[i + 1]]
+            if pairs:
+                batch["groups"][row, whole], batch["labels"][row, whole.stop - 1] = group, 2 - place
+        return batch
+
+    def read_back(self, items: Sequence[Sequence[int]], values: np.ndarray) -> np.ndarray:
+        """Of values [rows, length] of what `rows` made of the items, those of tokens of completions, as in `tokens`."""
+        out, starts = np.zeros(self.bounds[-1], np.float32), self.bounds
+        for row, _, _, i, _, column in self._places(items, values.shape[1]):
+            asked, made = self.lengths[i].tolist()
+            said = column + asked - 1
+            out[starts[i] : starts[i + 1]] = values[row, said : said + made]
+        return out
+
+    def _places(self, items: Sequence[Sequence[int]], length: int) -> Iterator[tuple[int, int, int, int, int, int]]:
+        """Where completions stand: row, item of the row from 1, place in it, completion, segment, and first column."""
+        if not items:
+            return
+        columns = self.lengths.sum(1) - 1
+        order, bounds = best_fit(np.array([int(columns[list(item)].sum()) for item in items]), length, seed=0)
         for row, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             column = segment = 0
             for group, item in enumerate(order[first:last], 1):
                 for place, i in enumerate(items[item]):
-                    asked, made = self.lengths[i].tolist()
-                    ids, segment = self.ids[ends[i] - asked - made : ends[i]], segment + 1
-                    whole = slice(column, column + asked + made - 1)
-                    said = slice(column + asked - 1, whole.stop)
-                    batch["tokens"][row, whole], batch["targets"][row, whole] = ids[:-1], ids[1:]
-                    batch["positions"][row, whole] = np.arange(asked + made - 1)
-                    batch["segments"][row, whole] = segment
-                    for name, values in tokens.items():
-                        batch[name][row, said] = values[starts[i] : starts[i + 1]]
-                    if pairs:
-                        batch["groups"][row, whole], batch["labels"][row, whole.stop - 1] = group, 2 - place
-                    column = whole.stop
-        return batch
-
-    def read_back(self, batch: Batch, items: Sequence[int], values: np.ndarray) -> np.ndarray:
-        """Of values [rows, length] that `rows` was made for, those of the tokens of completions, as in `tokens`."""
-        order, bounds = best_fit(self.lengths[items].sum(1) - 1, batch["tokens"].shape[1], seed=0)
-        out, starts = np.zeros(self.bounds[-1], np.float32), self.bounds
-        for row, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-            column = 0
-            for item in order[first:last]:
-                i = items[item]
-                asked, made = self.lengths[i].tolist()
-                column += asked + made - 1
-                out[starts[i] : starts[i + 1]] = values[row, column - made : column]
-        return out
+                    segment += 1
+                    yield row, group, place, i, segment, column
+                    column += int(columns[i])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All of it as arrays."""

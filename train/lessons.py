@@ -104,8 +104,8 @@ class Lessons:
         """What the models say of the tokens of an episode, a micro-batch at a time."""
         if not (names := objectives.look_names(self._config)):
             return {}
-        items, length = list(range(len(episode.rewards))), self._config.data.sequence_length
-        rows = episode.rows([[i] for i in items], length, {})
+        items, length = [[i] for i in range(len(episode.rewards))], self._config.data.sequence_length
+        rows = episode.rows(items, length, {})
         size, count = self._config.micro_batch_size, len(rows["tokens"])
         critic = state.critic and state.critic.params
         parts = []
@@ -115,4 +115,4 @@ class Lessons:
             parts.append(jax.device_get(self._look(state.params, frozen, critic, batch)))
         in_order = np.argsort(sharding.balanced_columns(length))
         whole = {name: np.concatenate([part[name] for part in parts])[:count, in_order] for name in names}
-        return {name: episode.read_back(rows, items, values) for name, values in whole.items()}
+        return {name: episode.read_back(items, values) for name, values in whole.items()}

@@ -30,6 +30,12 @@ def episode(seed: int, *, count: int = 20, longest: int = LENGTH // 2) -> Episod
     )
 
 
+def completion(made: Episode, index: int) -> np.ndarray:
+    """The ids of a completion."""
+    end = int(made.lengths[: index + 1].sum())
+    return made.ids[end - made.lengths[index, 1] : end]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_each_text_is_in_the_rows_once_as_it_was_made(seed):
     made = episode(seed)
@@ -45,7 +51,7 @@ def test_each_text_is_in_the_rows_once_as_it_was_made(seed):
             assert here["positions"].tolist() == list(range(asked + said - 1))
             own = made.tokens["sampled"][made.bounds[i] : made.bounds[i + 1]]
             assert here["sampled"].tolist() == [0] * (asked - 1) + own.tolist()
-            assert made.completion(i).tolist() == here["targets"][asked - 1 :].tolist()
+            assert completion(made, i).tolist() == here["targets"][asked - 1 :].tolist()
             seen.append(i)
     assert sorted(seen) == list(range(20))
     padding = rows["segments"] == 0
@@ -56,19 +62,19 @@ def test_each_text_is_in_the_rows_once_as_it_was_made(seed):
 def test_what_is_said_of_rows_is_read_back_by_completion(seed):
     made, some = episode(seed), [3, 1, 17, 4]
     rows = made.rows([[i] for i in some], LENGTH, {})
-    found = made.read_back(rows, some, rows["targets"].astype(np.float32))
+    found = made.read_back([[i] for i in some], rows["targets"].astype(np.float32))
     for i in range(20):
         own = found[made.bounds[i] : made.bounds[i + 1]]
-        assert own.tolist() == (made.completion(i).tolist() if i in some else [0] * len(own))
+        assert own.tolist() == (completion(made, i).tolist() if i in some else [0] * len(own))
 
 
 def test_pairs_stay_together_and_say_which_is_better():
     made = episode(0, longest=LENGTH // 4)
     rows = made.rows([[1, 0], [2, 3], [5, 9]], LENGTH, {"weights": np.ones(int(made.bounds[-1]))}, pairs=True)
-    better = {made.completion(i)[-1] for i in (1, 2, 5)}
+    better = {completion(made, i)[-1] for i in (1, 2, 5)}
     judged = rows["labels"] > 0
     assert {int(x): int(y) for x, y in zip(rows["targets"][judged], rows["labels"][judged], strict=True)} == {
-        int(made.completion(i)[-1]): 2 if made.completion(i)[-1] in better else 1 for i in (0, 1, 2, 3, 5, 9)
+        int(completion(made, i)[-1]): 2 if completion(made, i)[-1] in better else 1 for i in (0, 1, 2, 3, 5, 9)
     }
     for row in range(len(rows["labels"])):
         for group in range(1, rows["groups"][row].max() + 1):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qwen_jax import model, sharding
-from tests.train.test_episode import episode
+from tests.train.test_episode import completion, episode
 from train import objectives
 from train.lessons import Lessons
 from train.reinforcement import GRPO, PPO, OnlineDPO
@@ -34,7 +34,7 @@ def sampled(**changes):
 
 def of_rows(rows, made):
     """The numbers of the completions in rows, by their last tokens."""
-    numbers = {int(made.completion(i)[-1]): i for i in range(len(made.lengths))}
+    numbers = {int(completion(made, i)[-1]): i for i in range(len(made.lengths))}
     return [
         numbers[int(rows["targets"][row][rows["segments"][row] == segment][-1])]
         for row in range(len(rows["tokens"]))
@@ -74,7 +74,7 @@ def test_pairs_are_of_the_best_and_the_worst_that_were_judged(lessons):
         4 * g + i for g in range(4) for i in (0, 1)
     )
     good = [int(each["targets"][each["labels"] == 2][n]) for each in rows for n in range((each["labels"] == 2).sum())]
-    assert sorted(good) == sorted(int(made.completion(4 * g + 1)[-1]) for g in range(4))
+    assert sorted(good) == sorted(int(completion(made, 4 * g + 1)[-1]) for g in range(4))
     assert rows[0].keys() == objectives.inputs(learns._config).keys()
 
 
