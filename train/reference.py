@@ -23,7 +23,7 @@ FOLDER = "reference"
 
 def is_wanted(config: TrainConfig) -> bool:
     """Whether a run computes them beforehand, and has no reference in memory then."""
-    return isinstance(config.objective, DPO) and config.objective.reference == "precomputed"
+    return isinstance(config.objective, DPO) and not config.compares
 
 
 def attach(

@@ -64,7 +64,7 @@ def inputs(config: TrainConfig) -> dict[str, type]:
             extra = dict.fromkeys((*names, *(("returns",) if isinstance(config.objective, PPO) else ())), np.float32)
         case _:
             extra = {"labels": np.int32, "groups": np.int32}
-            if isinstance(config.objective, DPO) and config.objective.reference == "precomputed":
+            if isinstance(config.objective, DPO) and not config.compares:
                 extra["reference"] = np.float32
     return found | {"weights": np.float32} | extra
 
@@ -106,7 +106,7 @@ def look(config: TrainConfig) -> Look:
 
 def refer(config: TrainConfig) -> Refer:
     """Adds to a micro-batch what its objective compares with."""
-    if not isinstance(config.objective, DPO) or config.objective.reference == "precomputed":
+    if not (isinstance(config.objective, DPO) and config.compares):
         return lambda frozen, batch: batch
 
     def add(frozen: Frozen, batch: Batch) -> Batch:
