@@ -256,6 +256,11 @@ def _groups() -> list[list[list[int]] | None]:
     return [np.moveaxis(index, i, -1).reshape(-1, ring).tolist() for i, ring in enumerate(rings)]
 
 
+def whole(x: jax.Array) -> jax.Array:
+    """The array on every device, so that each host can read all of it."""
+    return jax.sharding.reshard(x, P(*[None] * x.ndim))
+
+
 def put(
     shape: Sequence[int], dtype: np.dtype | type, letters: str, read: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:

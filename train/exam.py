@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from qwen_jax.engine import Engine
+from qwen_jax.engine import Replicas
 from train.adapter import Frozen
 from train.config import TrainConfig
 from train.data.prompts import Prompt
@@ -46,8 +46,8 @@ class Exam:
         wanted = min(count, batches * self._config.micro_batch_size) if batches and not whole else count
         prompts = [self._prompts[i * count // wanted] for i in range(wanted)]
 
-        def play(engine: Engine) -> tuple[list[Made], Judged]:
-            made = self._player.complete(engine, prompts, seed=0, first=0, greedy=True)
+        def play(replicas: Replicas) -> tuple[list[Made], Judged]:
+            made = self._player.complete(replicas, prompts, seed=0, first=0, greedy=True)
             return made, self._player.judge(prompts, made)
 
         made, judged = self._player.result(self._player.start(play, state, self._frozen))

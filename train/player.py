@@ -1,8 +1,9 @@
-"""Completions of the model as it is: sampled by an engine that follows its weights, in a thread beside the loop."""
+"""Completions of the model as it is: sampled by engines that follow its weights, in a thread beside the loop."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,16 +12,17 @@ from typing import Any, NamedTuple
 
 import jax
 
-from qwen_jax.engine import Capacity, Engine, Request, Sampling
+from qwen_jax.engine import Capacity, Replicas, Request, Sampling
 from qwen_jax.errors import ConfigError, NumericalError
 from qwen_jax.text import Tokenizer
 from qwen_jax.weights.usage import turn_ends
+from train import hosts
 from train.adapter import Frozen
 from train.config import TrainConfig
 from train.data.prompts import Prompt
 from train.reinforcement import ROLLOUT, Online
 from train.rewards.judge import Judge, Judged, Sample
-from train.sampling import Follower
+from train.sampling import Follower, engines_mesh
 from train.step import State
 
 _PAGE, _MOST_ROWS = 32, 256
@@ -41,11 +43,12 @@ class Made(NamedTuple):
     finished: bool
 
 
-def capacity(config: TrainConfig, longest: int) -> Capacity:
-    """What the engine of a run has room for, where a prompt and its completion have so many tokens at most."""
+def capacity(config: TrainConfig, longest: int, engines: int) -> Capacity:
+    """What each of the engines of a run has room for; a prompt and its completion have so many tokens at most."""
     assert isinstance(config.objective, Online)
     rollout = config.objective.rollout
-    rows = min(rollout.max_rows or _MOST_ROWS, config.completions_per_episode)
+    most = -(-config.completions_per_episode // engines)
+    rows = min(rollout.max_rows or _MOST_ROWS, most)
     tokens = rollout.cache_tokens or rows * -(-longest // _PAGE) * _PAGE
     return Capacity(max_rows=rows, max_length=longest, cache_tokens=tokens, page_size=_PAGE)
 
@@ -53,7 +56,7 @@ def capacity(config: TrainConfig, longest: int) -> Capacity:
 class Player:
     """Has prompts answered with weights as they are, and the answers judged; one thing at a time.
 
-    playing = player.start(lambda engine: player.complete(engine, prompts, ...), state, frozen)
+    playing = player.start(lambda replicas: player.complete(replicas, prompts, ...), state, frozen)
     made = player.result(playing)
     """
 
@@ -78,14 +81,13 @@ class Player:
           stopping: whether the run is asked to stop.
           show: takes how far it is, again and again.
 
-        Raises ConfigError where there is more than one process, or a cache that is too small.
+        Raises ConfigError where engines cannot be had on these devices, or have a cache that is too small.
         """
         assert isinstance(config.objective, Online)
-        if jax.process_count() > 1:
-            raise ConfigError(
-                f"{jax.process_count()} processes train together, and completions are sampled by one alone; run "
-                f"objective {type(config.objective).__name__} on one host"
-            )
+        self._hosts = jax.process_count()
+        if self._hosts > 1 and config.objective.rollout.ahead:
+            # What is computed on all hosts must begin in the same order on each, which two threads cannot promise.
+            raise ConfigError(f"objective.rollout.ahead=1 is for one host, and there are {self._hosts}; set it to 0")
         rollout = self._rollout = config.objective.rollout
         self._tokenizer, self._judge, self._stopping, self._show = tokenizer, judge, stopping, show
         self._stop_ids = frozenset({tokenizer.end_of_text}) | turn_ends(tokenizer)
@@ -96,12 +98,14 @@ class Player:
                 f"objective.rollout.cache_tokens={rollout.cache_tokens} has no room for the longest prompt and its "
                 f"completion; set it to {whole} or more"
             )
+        engines = engines_mesh(mesh, config.model_config, rollout.tensor).shape["data"]
         self._follower = Follower(
             config.model_config,
             num_tokens=tokenizer.num_tokens,
             mesh=mesh,
-            capacity=capacity(config, longest),
+            capacity=capacity(config, longest, engines),
             adapter=config.adapter,
+            tensor=rollout.tensor,
         )
         # What weights of a while ago have begun to say, a run that goes on cannot have again.
         self._patience = _PATIENCE if rollout.ahead else 0.0
@@ -111,20 +115,22 @@ class Player:
         self._given_up = threading.Event()
         self._doing = "compiling"
 
-    def start(self, play: Callable[[Engine], Any], state: State, frozen: Frozen) -> Future[Any]:
-        """Begins to play with the engine at these weights, which may be donated once this returns.
+    def start(self, play: Callable[[Replicas], Any], state: State, frozen: Frozen) -> Future[Any]:
+        """Begins to play with the engines at these weights, which may be donated once this returns.
 
-        There is one engine: what is played before is waited for. Raises Interrupted as `result` does.
+        They do one thing at a time: what is played before is waited for. Raises Interrupted as `result` does.
         """
         self._settle(self._playing)
         stack = contextlib.ExitStack()
-        engine = stack.enter_context(self._follower.at(state.params, frozen))
+        replicas = stack.enter_context(self._follower.at(state.params, frozen))
         playing = self._playing = Future()
 
         def whole() -> None:
             try:
                 with stack:
-                    made = play(engine)
+                    made = play(replicas)
+                if self._hosts > 1 and any(hosts.together(self._given_up.is_set)):
+                    raise Interrupted
             except BaseException as error:
                 playing.set_exception(error)
             else:
@@ -148,32 +154,48 @@ class Player:
                 asked = now if asked is None else asked
                 if now - asked >= self._patience or self._given_up.is_set():
                     self._given_up.set()
-                    raise Interrupted
+                    if self._hosts == 1:
+                        raise Interrupted
+                    # Else what is played tells the other hosts, who may not have been asked, and then ends.
             self._show(self._doing)
             wait([playing], timeout=_GLANCE)
 
-    def complete(self, engine: Engine, prompts: Sequence[Prompt], *, seed: int, first: int, greedy: bool) -> list[Made]:
-        """A completion of each prompt; what is drawn depends on the seed and the place from `first` on alone."""
-        rollout, began = self._rollout, time.monotonic()
+    def complete(
+        self, replicas: Replicas, prompts: Sequence[Prompt], *, seed: int, first: int, greedy: bool
+    ) -> list[Made]:
+        """A completion of each prompt, on every host the same; each host makes a share of them.
+
+        What is drawn depends on the seed and the place from `first` on alone.
+        """
+        own = hosts.share(len(prompts))
+        asked = [
+            self._request(prompt, seed=seed, row=first + place, greedy=greedy)
+            for place, prompt in enumerate(prompts[own], own.start)
+        ]
+        return list(itertools.chain(*hosts.together(lambda: self._complete(replicas, asked))))
+
+    def _request(self, prompt: Prompt, *, seed: int, row: int, greedy: bool) -> Request:
+        rollout = self._rollout
         drawn = Sampling(temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k)
-        made: dict[int, Made] = {}
-        for place, prompt in enumerate(prompts):
-            request = Request(
-                prompt=prompt.ids,
-                max_new_tokens=rollout.max_new_tokens,
-                sampling=Sampling(temperature=0) if greedy else drawn,
-                seed=seed,
-                row=first + place,
-                stop_ids=self._stop_ids,
-                logprobs=0,
-                tempered=True,
-            )
-            made[engine.add(request)] = Made([], [], False)
-        tokens = done = 0
-        while engine.busy:
+        return Request(
+            prompt=prompt.ids,
+            max_new_tokens=rollout.max_new_tokens,
+            sampling=Sampling(temperature=0) if greedy else drawn,
+            seed=seed,
+            row=row,
+            stop_ids=self._stop_ids,
+            logprobs=0,
+            tempered=True,
+        )
+
+    def _complete(self, replicas: Replicas, asked: Sequence[Request]) -> list[Made]:
+        made = {replicas.add(request): Made([], [], False) for request in asked}
+        where = f" on each of {self._hosts} hosts" if self._hosts > 1 else ""
+        tokens, done, began = 0, 0, time.monotonic()
+        while replicas.busy:
             if self._given_up.is_set():
                 raise Interrupted
-            for token in engine.step():
+            for token in replicas.step():
                 if token.finish_reason == "error":
                     raise NumericalError("the logits of a rollout are not finite; lower optimizer.peak_lr")
                 ids, log_probs, _ = made[token.request]
@@ -182,8 +204,8 @@ class Player:
                 if token.finish_reason == "stop":
                     made[token.request] = Made(ids, log_probs, True)
                 tokens, done = tokens + 1, done + (token.finish_reason is not None)
-            speed = tokens / max(time.monotonic() - began, 1e-3)
-            self._doing = f"sampling: {done:,} of {len(made):,} completions, {tokens:,} tokens, {speed:,.0f} tokens/s"
+            speed = f"{tokens:,} tokens, {tokens / max(time.monotonic() - began, 1e-3):,.0f} tokens/s"
+            self._doing = f"sampling{where}: {done:,} of {len(made):,} completions, {speed}"
         return list(made.values())
 
     def judge(self, prompts: Sequence[Prompt], made: Sequence[Made]) -> Judged:

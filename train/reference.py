@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -10,9 +11,9 @@ import jax
 import numpy as np
 
 from qwen_jax import sharding
-from qwen_jax.errors import ConfigError, FileError
+from qwen_jax.errors import FileError
 from qwen_jax.model import Params
-from train import objectives
+from train import hosts, objectives
 from train.alignment import DPO
 from train.config import TrainConfig
 from train.data import Rows
@@ -43,22 +44,25 @@ def attach(
       load: gives the parameters of the reference, which are let go of at the end.
       report: takes a line.
 
-    Raises FileError where a file cannot be written, ConfigError where there are several processes.
+    All hosts compute them together, and the first writes. Raises FileError where a file cannot be written.
     """
-    if jax.process_count() > 1:
-        raise ConfigError('objective.reference="precomputed" is for one process; leave it "live"')
     paths = {name: directory / FOLDER / f"{name}.npy" for name in rows}
-    if missing := [name for name, path in paths.items() if not path.exists()]:
+    (missing, *_) = hosts.together(lambda: [name for name, path in paths.items() if not path.exists()])
+    if missing:
         report(f"reference: what it says of {sum(rows[name].num_rows for name in missing):,} rows is computed once")
         params, compute = load(), objectives.log_probs(config)
         for name in missing:
             _make(config, rows[name], paths[name], lambda batch: compute(params, batch))
+        hosts.together(lambda: None)  # the files are there
     for name, path in paths.items():
         rows[name].reference = np.load(path, mmap_mode="r")
 
 
 def _make(config: TrainConfig, rows: Rows, path: Path, compute: Callable[[objectives.Batch], jax.Array]) -> None:
-    """Writes the file, whole or not at all."""
+    """Writes the file, whole or not at all; what it holds is computed by all hosts."""
+    if jax.process_index():
+        collections.deque(_said(config, rows, compute), maxlen=0)
+        return
     temporary = path.with_suffix(".partial")
     try:
         path.parent.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ ROLLOUT = "rollout"  # the name of the thread that samples
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """How an episode is sampled from the model being trained, by the engine, on the mesh of the training.
+    """How an episode is sampled from the model being trained, by engines on the devices of the training.
 
     An episode is as many completions as its updates learn from: batch_size * updates / passes.
 
@@ -31,8 +31,10 @@ class Rollout:
         asked, as Qwen2.5 has it (arXiv 2412.15115); what was never asked comes before all.
       importance_cap: how much likelier to the trainer than to the sampler a token counts, at most (truncated importance
         sampling).
-      max_rows: completions that are made together; None for all of an episode, up to 256.
-      cache_tokens: tokens that the engine's cache has room for; None for all rows at their longest.
+      tensor: devices that share the weights of an engine, all of one host; None for as many as share its kv heads
+        evenly. There are as many engines as that makes, and each samples a part of the episode.
+      max_rows: completions that an engine makes together; None for all of its part, up to 256.
+      cache_tokens: tokens that an engine's cache has room for; None for all rows at their longest.
     """
 
     completions: int = 8
@@ -45,11 +47,12 @@ class Rollout:
     ahead: Literal[0, 1] = 0
     order: Literal["random", "variance"] = "random"
     importance_cap: float = 2.0
+    tensor: int | None = None
     max_rows: int | None = None
     cache_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("completions", "max_new_tokens", "updates", "passes", "max_rows", "cache_tokens"):
+        for name in ("completions", "max_new_tokens", "updates", "passes", "tensor", "max_rows", "cache_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")

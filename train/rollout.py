@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwen_jax.engine import Engine
+from qwen_jax.engine import Replicas
 from qwen_jax.errors import DataError
 from train import advantages, objectives
 from train.adapter import Frozen
@@ -152,7 +152,7 @@ class Rollouts:
 
         def play(number: int) -> Future[Played]:
             order = copy.deepcopy(self._asked)  # what is interrupted has asked nothing
-            return self._player.start(lambda engine: self._play(number, order, engine), state, frozen)
+            return self._player.start(lambda replicas: self._play(number, order, replicas), state, frozen)
 
         episode, texts, self._asked = self._player.result(self._next or play(number))
         self._next = None
@@ -173,7 +173,7 @@ class Rollouts:
             rows.append(row | {"finish_reason": "stop" if episode.finished[i] else "length"})
         self._table.add(rows)
 
-    def _play(self, number: int, order: Order, engine: Engine) -> Played:
+    def _play(self, number: int, order: Order, replicas: Replicas) -> Played:
         """Samples and judges an episode; prompts that teach nothing are replaced as often as the objective says."""
         size, wanted = self._rollout.completions, self._config.completions_per_episode
         resample = self._objective.resample if isinstance(self._objective, GRPO) else 0
@@ -186,7 +186,7 @@ class Rollouts:
             prompts = order.take((wanted - len(kept)) // size)
             new = np.repeat(prompts, size)
             questions = [self._prompts[i] for i in new]
-            answers = self._player.complete(engine, questions, seed=seed, first=len(made), greedy=False)
+            answers = self._player.complete(replicas, questions, seed=seed, first=len(made), greedy=False)
             before = time.monotonic()
             verdicts.append(self._player.judge(questions, answers))
             judging += time.monotonic() - before

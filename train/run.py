@@ -7,8 +7,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +19,7 @@ from qwen_jax.errors import ConfigError, DataError, FileError, NumericalError, S
 from qwen_jax.sharding import make_mesh
 from qwen_jax.weights.checkpoint import Checkpoint, Checkpoints
 from qwen_jax.weights.source import ADAPTER, Model, open_model
-from train import adapter, critic, plot, reference
+from train import adapter, critic, hosts, plot, reference
 from train import directory as run_directory
 from train import frozen as kept
 from train.adapter import NOTHING, Frozen
@@ -73,7 +71,7 @@ def run(config: TrainConfig, text: str, *, resume: bool = False, fresh: bool = F
       UserError: of every kind; NumericalError at the first loss or gradient that is not finite.
     """
     kept.check_weights(config)
-    join_hosts()
+    hosts.join()
     first_host = jax.process_index() == 0
     report = Report(quiet=not first_host)
     with contextlib.ExitStack() as stack:
@@ -259,6 +257,7 @@ def train_stage(
                 except (Interrupted, DataError, SandboxError) as error:
                     # What is asked or read next cannot be had, but the state is whole: it is saved first.
                     failure = None if isinstance(error, Interrupted) else error
+                    stop.exit_code()  # whose next answer is what each host has been asked by now
                     continue
                 state, metrics = train_step(state, batch, frozen)
                 step += 1
@@ -336,7 +335,7 @@ def asking(
                 judge.check(prompt.columns)
             except DataError as error:
                 raise DataError(f"{prompt.origin}: {error}") from None
-        stopping = lambda: bool(shared.stop.exit_code())
+        stopping = lambda: bool(shared.stop.asked)
         player = Player(config, shared.prompts, tokenizer, judge, mesh, stopping=stopping, show=report.busy)
         saved = checkpoint.read(SAVED) if checkpoint else None
         try:
@@ -355,27 +354,6 @@ def trace(config: TrainConfig) -> None:
         _, optimizer, train_step = configured(config)
         state = abstract_state(config.model_config, optimizer, config.adapter)
         jax.eval_shape(train_step, state, abstract_batch(config), kept.abstract(config))
-
-
-def join_hosts() -> None:
-    """Joins the other processes of a run on several hosts, before any device is touched.
-
-    They are found through JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or on TPUs by jax itself, from
-    the environment of GKE or the metadata of a Cloud TPU VM. Otherwise this process is the whole run.
-    """
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        try:
-            processes, process = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-        except (KeyError, ValueError) as error:
-            raise ConfigError(
-                f"with JAX_COORDINATOR_ADDRESS set, JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers: {error}"
-            ) from error
-        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], processes, process)
-    elif (jax.config.jax_platforms or "").startswith("tpu"):  # which jax sets where there are TPUs
-        try:
-            jax.distributed.initialize()
-        except (ValueError, OSError) as error:  # nobody knows of other hosts, as in a notebook
-            print(f"train: this host is the whole run, since jax finds no others: {error}", file=sys.stderr)
 
 
 def fingerprint(corpus: Corpus, config: TrainConfig) -> dict[str, Any]:

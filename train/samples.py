@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
-from qwen_jax.engine import Capacity, Completion, Request, Sampling, generate
+from qwen_jax.engine import Capacity, Completion, FinishReason, Replicas, Request, Sampling, generate
 from qwen_jax.errors import FileError
 from qwen_jax.model import Params
 from qwen_jax.weights.usage import turn_ends
+from train import hosts
 from train.adapter import Frozen
 from train.config import TrainConfig
 from train.data import Corpus, TokenShards
@@ -38,16 +41,23 @@ class Prompt:
 
 
 class Table:
-    """A file of JSON lines for people, each with the `step` it is of; of a run that goes on, those before it."""
+    """A file of JSON lines for people, each with the `step` it is of; of a run that goes on, those before it.
+
+    The first host writes it.
+    """
 
     def __init__(self, path: Path, *, step: int, report: Callable[[str], None]) -> None:
         self._path, self._report = path, report
+        if jax.process_index():
+            return
         text = path.read_text() if path.exists() else ""
         lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
         self._write("".join(line for line in lines if json.loads(line)["step"] < step), "w")
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows; where the disk takes none, training goes on without, since nothing is trained on them."""
+        if jax.process_index():
+            return
         try:
             self._write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "a")
         except FileError as error:
@@ -105,28 +115,34 @@ class Samples:
         """Has every prompt answered with these weights, the likeliest token each time, and writes it down."""
         if not self._prompts:
             return
-        done = [Completion(self._tokenizer, prompt.stop_ids, ()) for prompt in self._prompts]
-        greedy, limit = Sampling(temperature=0), self._limit
-        asked = [
-            Request(prompt=prompt.ids, max_new_tokens=limit, sampling=greedy, stop_ids=prompt.stop_ids)
-            for prompt in self._prompts
-        ]
-        with self._follower.at(params, frozen) as engine:
-            generate(engine, zip(asked, done, strict=True))
+        with self._follower.at(params, frozen) as replicas:
+            done = list(itertools.chain(*hosts.together(lambda: self._answers(replicas))))
         rows = [self._row(step, *each) for each in zip(self._prompts, done, strict=True)]
         self._table.add(rows)
         for row in rows[:_SHOWN]:
             asked_of, said = (" ".join(row[name].split()) for name in ("prompt", "answer"))
             self._report(f"  … {asked_of[-_CHARACTERS:]}\n  → {said[:_CHARACTERS]} [{row['finish_reason']}]")
 
-    def _row(self, step: int, prompt: Prompt, made: Completion) -> dict[str, Any]:
+    def _answers(self, replicas: Replicas) -> list[tuple[str, FinishReason | None]]:
+        """The answers to this host's share of the prompts, and how each ended."""
+        own = self._prompts[hosts.share(len(self._prompts))]
+        done = [Completion(self._tokenizer, prompt.stop_ids, ()) for prompt in own]
+        greedy, limit = Sampling(temperature=0), self._limit
+        asked = [
+            Request(prompt=prompt.ids, max_new_tokens=limit, sampling=greedy, stop_ids=prompt.stop_ids)
+            for prompt in own
+        ]
+        generate(replicas, zip(asked, done, strict=True))
+        return [(each.text, each.finish_reason) for each in done]
+
+    def _row(self, step: int, prompt: Prompt, made: tuple[str, FinishReason | None]) -> dict[str, Any]:
         text = self._tokenizer.decode
         return {
             "step": step,
             "prompt": text(prompt.ids, skip_special=False),
-            "answer": made.text,
+            "answer": made[0],
             "reference": text(prompt.reference).strip(),
-            "finish_reason": made.finish_reason,
+            "finish_reason": made[1],
         }
 
 

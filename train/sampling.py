@@ -1,10 +1,13 @@
-"""An engine that follows the weights being trained: it answers with them as they are, on the mesh they are on."""
+"""Engines that follow the weights being trained: they answer with them as they are, on the devices they are on."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import Capacity, Engine
+from qwen_jax.engine import Capacity, Engine, Replicas
 from qwen_jax.errors import ConfigError
 from qwen_jax.model import Params, unstack_layers
 from qwen_jax.ops.lora import Adapted, merged
@@ -22,42 +25,46 @@ from train.config import LoRA
 
 
 class Follower:
-    """One engine for a whole run: what it computes with is compiled once, and takes memory only while it is asked.
+    """The engines of a run: what they compute with is compiled once, and takes memory only while they are asked.
 
         follower = Follower(config.model_config, num_tokens=tokenizer.num_tokens, mesh=mesh, capacity=Capacity(...))
-        with follower.at(state.params) as engine:
-            generate(engine, jobs)
+        with follower.at(state.params) as replicas:
+            generate(replicas, jobs)
 
     An adapter is merged into what it adapts, as in the model that the run leaves, and stays beside what is quantised.
+    Each host has engines of its own, on its own devices, and no step of theirs waits for another host.
     """
 
     def __init__(
-        self, config: ModelConfig, *, num_tokens: int, mesh: Mesh, capacity: Capacity, adapter: LoRA | None = None
+        self,
+        config: ModelConfig,
+        *,
+        num_tokens: int,
+        mesh: Mesh,
+        capacity: Capacity,
+        adapter: LoRA | None = None,
+        tensor: int | None = None,
     ) -> None:
         """
         Args:
-          config: of the model; the engine computes in its dtype.
+          config: of the model; the engines compute in its dtype.
           num_tokens: tokens the tokenizer has.
           mesh: that of the training.
-          capacity: how much the engine does at a time.
+          capacity: how much an engine does at a time.
           adapter: what is trained, where it is not the whole model.
-
-        Raises ConfigError where there is more than one process: an engine has one.
+          tensor: devices of an engine, as `engines_mesh` has it.
         """
-        if jax.process_count() > 1:
-            raise ConfigError(
-                f"{jax.process_count()} processes train together, and answers are made by one alone; set "
-                "evaluation.samples = 0, and ask the checkpoints"
-            )
         self._config = dataclasses.replace(config, param_dtype=config.dtype)
         self._num_tokens, self._capacity = num_tokens, capacity
-        self._trained_on, self._mesh = mesh, _without_context(mesh)
+        self._trained_on, self._all = mesh, engines_mesh(mesh, config, tensor)
+        grid, here = self._all.devices, jax.process_index()
+        self._meshes = [self._own(row[None]) for row in grid if row.flat[0].process_index == here]
         self._ready = prepare(config, adapter)
-        self._engine: Engine | None = None
+        self._engines: list[Engine] = []
 
     @contextlib.contextmanager
-    def at(self, params: Params, frozen: Frozen = NOTHING) -> Iterator[Engine]:
-        """The engine with these weights; what is asked of it must be done, or cancelled, when this ends.
+    def at(self, params: Params, frozen: Frozen = NOTHING) -> Iterator[Replicas]:
+        """This host's engines with these weights; what is asked must be done, or cancelled, when this ends.
 
         Args:
           params: that are trained, on the mesh; their layers stacked or one by one. They stay.
@@ -65,30 +72,69 @@ class Follower:
         """
         with jax.set_mesh(self._trained_on):
             ready = self._ready(params, Frozen(base=frozen.base))
-        here = lambda x: jax.device_put(x, jax.NamedSharding(self._mesh, jax.typeof(x).sharding.spec))
-        with jax.set_mesh(self._mesh):  # which has the devices in another order than the loop's, that is current
-            ready = jax.tree.map(here, ready)
-        if self._engine is None:
-            self._engine = Engine(
-                self._config, ready, num_tokens=self._num_tokens, mesh=self._mesh, capacity=self._capacity
-            )
-        else:
-            self._engine.swap(ready)
+        with jax.set_mesh(self._all):  # which has the devices in another order than the loop's, that is current
+            whole = jax.tree.map(lambda x: jax.device_put(x, along_tensor(jax.typeof(x), self._all)), ready)
         del ready
+        for number, mesh in enumerate(self._meshes):
+            own = jax.tree.map(functools.partial(_part, mesh=mesh), whole)
+            if number < len(self._engines):
+                self._engines[number].swap(own)
+            else:
+                shape = dict(num_tokens=self._num_tokens, mesh=mesh, capacity=self._capacity)
+                self._engines.append(Engine(self._config, own, **shape))
+        del whole, own
         try:
-            yield self._engine
+            yield Replicas(self._engines)
         finally:
-            self._engine.release()
+            for engine in self._engines:
+                engine.release()
+
+    def _own(self, grid: np.ndarray) -> Mesh:
+        return Mesh(grid, self._all.axis_names, axis_types=self._all.axis_types)
 
 
-def _without_context(mesh: Mesh) -> Mesh:
-    """The mesh with `context` as a part of `data`: a decoded token cannot be split, and no weight is split by either.
+def engines_mesh(mesh: Mesh, config: ModelConfig, tensor: int | None) -> Mesh:
+    """The devices of a mesh with one engine after the other along `data`, and what an engine has along `tensor`.
 
-    Every device keeps the weights that it has.
+    Args:
+      mesh: of the training.
+      config: of the model.
+      tensor: devices of an engine, all of one host; None for as many as share its kv heads evenly.
+
+    Raises ConfigError where a host's devices, or the model, cannot be split so.
     """
-    grid = np.moveaxis(mesh.devices, 2, 1)
-    data, context, fsdp, expert, tensor = grid.shape
-    return Mesh(grid.reshape(data * context, fsdp, 1, expert, tensor), mesh.axis_names, axis_types=mesh.axis_types)
+    of_host: dict[int, list[jax.Device]] = {}
+    for device in mesh.devices.flat:
+        of_host.setdefault(device.process_index, []).append(device)
+    count = math.gcd(*map(len, of_host.values()))
+    fitting = [size for size in config.tensor_sizes if count % size == 0]
+    if tensor is None:
+        tensor = max(size for size in fitting if config.num_kv_heads % size == 0)
+    elif tensor not in fitting:
+        can_be = ", ".join(map(str, fitting))
+        raise ConfigError(
+            f"objective.rollout.tensor={tensor} devices cannot share this model, of the {count} that a host has; it "
+            f"can be {can_be}"
+        )
+    grid = np.array([device for host in sorted(of_host) for device in of_host[host]]).reshape(-1, 1, 1, 1, tensor)
+    return Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def along_tensor(x: Any, mesh: Mesh) -> jax.NamedSharding:
+    """How a parameter of a type is split on the mesh of the engines: along `tensor` where it was and can be."""
+    ways = mesh.shape["tensor"]
+    names = [(axis,) if isinstance(axis, str) else axis or () for axis in x.sharding.spec]
+    is_split = [
+        "tensor" in of_axis and size % ways == 0 for of_axis, size in zip(names, x.shape[: len(names)], strict=True)
+    ]
+    return jax.NamedSharding(mesh, jax.P(*("tensor" if split else None for split in is_split)))
+
+
+def _part(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """The copy of an array that the devices of one engine have, which is theirs already."""
+    parts = {shard.device: shard.data for shard in x.addressable_shards}
+    sharding = jax.NamedSharding(mesh, x.sharding.spec)
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, [parts[d] for d in mesh.devices.flat])
 
 
 def prepare(config: ModelConfig, adapter: LoRA | None) -> Callable[[Params, Frozen], Params]:

@@ -21,10 +21,13 @@ class Stop:
     A signal only leaves a note; the loop asks for it at each step boundary, saves, and leaves. SIGTERM may come any
     number of times. After one SIGINT the next is left to the system, which ends the process at once, even inside a
     compilation: the step in flight is lost, and the checkpoints before it are whole.
+
+    Attributes:
+      asked: the exit code that this process is asked for; 0 for none. Other hosts may not have been.
     """
 
     def __init__(self) -> None:
-        self._asked = 0
+        self.asked = 0
         self._agreement: jax.Array | None = None
 
     def __enter__(self) -> Stop:
@@ -39,7 +42,7 @@ class Stop:
         del frame
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        self._asked = max(self._asked, INTERRUPTED if number == signal.SIGINT else SAVED_PLEASE_RESTART)
+        self.asked = max(self.asked, INTERRUPTED if number == signal.SIGINT else SAVED_PLEASE_RESTART)
 
     def exit_code(self) -> int:
         """0 to go on, else the exit code to leave with. Every host calls this at each step boundary, under the mesh.
@@ -48,9 +51,9 @@ class Stop:
         the exchange is launched behind the step in flight and read one step later, so it never waits.
         """
         if jax.process_count() == 1:
-            return self._asked
+            return self.asked
         agreed = 0 if self._agreement is None else int(self._agreement)
         sharding = NamedSharding(jax.sharding.get_mesh(), P(AXES))
-        mine = np.full(jax.local_device_count(), self._asked, np.int32)
+        mine = np.full(jax.local_device_count(), self.asked, np.int32)
         self._agreement = jax.jit(jnp.max)(jax.make_array_from_process_local_data(sharding, mine))
         return agreed

@@ -1,6 +1,7 @@
 """Decoding: prompts to tokens, and tokens to text.
 
 engine      requests in, tokens out, many rows at a time
+replicas    several engines, asked as one
 request     what is asked for, and what comes of it
 scheduler   which rows a step computes
 pages       which pages of the cache are whose
@@ -20,6 +21,7 @@ from qwen_jax.engine.checkpoint import load, load_draft
 from qwen_jax.engine.completion import Completion, generate
 from qwen_jax.engine.engine import Engine, Stats
 from qwen_jax.engine.packing import Capacity
+from qwen_jax.engine.replicas import Replicas
 from qwen_jax.engine.request import Constraint, FinishReason, Request, Token
 from qwen_jax.engine.speculative import DraftModel, PromptLookup
 from qwen_jax.engine.stop import StopStrings
@@ -29,6 +31,7 @@ from qwen_jax.ops.vertical_slash import VerticalSlash
 __all__ = [
     # The model, ready to decode
     "Engine",
+    "Replicas",
     "Capacity",
     "Stats",
     "load",

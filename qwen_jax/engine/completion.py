@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.replicas import Replicas
 from qwen_jax.engine.request import Request
 from qwen_jax.engine.stop import StopStrings
 from qwen_jax.errors import NumericalError
@@ -86,7 +87,7 @@ class Completion:
 
 
 def generate(
-    engine: Engine,
+    engine: Engine | Replicas,
     jobs: Iterable[tuple[Request, Completion]],
     *,
     show: Callable[[int, str], None] = lambda index, piece: None,
@@ -95,7 +96,7 @@ def generate(
     """Fills completions; interrupted, they hold what was made.
 
     Args:
-      engine: the model.
+      engine: the model, or several of it.
       jobs: requests, each with a fresh completion, which ends where the first of the two says so. They are taken one
         by one, when the engine has room for more: there may be any number.
       show: takes the index of a job and the next piece of its completion; called for each token, though some make no

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from qwen_jax import model
 from qwen_jax.config import DType, ModelConfig
 from qwen_jax.errors import DataError
-from qwen_jax.sharding import BATCH, axis_size, put
+from qwen_jax.sharding import BATCH, axis_size, put, whole
 from qwen_jax.text import Tokenizer
 from qwen_jax.text.chat import Format, Piece, encode
 from qwen_jax.text.template import JinjaFormat
@@ -69,7 +69,8 @@ def _scores(
     config: ModelConfig, params: model.Params, tokens: Int32[Array, "B T"], real: Int32[Array, "B T"]
 ) -> Float[Array, "B T C"]:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return model.scores(config, params, model.forward(config, params, tokens, positions, segments=real))
+    found = model.scores(config, params, model.forward(config, params, tokens, positions, segments=real))
+    return whole(found)
 
 
 def closed(form: Format | JinjaFormat) -> Format | JinjaFormat:

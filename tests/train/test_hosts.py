@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,9 @@ pytestmark = pytest.mark.usefixtures("enough_devices")
 TIMEOUT = 300
 
 
-def start(file: Path, *, hosts: int, devices: int) -> list[subprocess.Popen]:
-    """The command on each of `hosts`, with as many virtual devices."""
+@contextlib.contextmanager
+def started(file: Path, *, hosts: int, devices: int) -> Iterator[list[subprocess.Popen]]:
+    """The command on each of `hosts`, with as many virtual devices; what still runs at the end is killed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -33,23 +36,25 @@ def start(file: Path, *, hosts: int, devices: int) -> list[subprocess.Popen]:
         "JAX_NUM_PROCESSES": str(hosts),
     }
     command = [sys.executable, "-m", "train", str(file)]
-    return [
+    processes = [
         subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment | {"JAX_PROCESS_ID": str(host)})
         for host in range(hosts)
     ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def run_on(config, tmp_path: Path, **where) -> None:
     file = tmp_path / "run.gin"
     file.write_text(bindings.render(config))
-    processes = start(file, **where)
-    try:
+    with started(file, **where) as processes:
         for process in processes:
             _, errors = process.communicate(timeout=TIMEOUT)
             assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def test_two_hosts_then_one(config, change, tmp_path):

@@ -6,17 +6,19 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from qwen_jax import sharding
+from qwen_jax import bindings, sharding
 from qwen_jax.errors import SAVED_PLEASE_RESTART, ConfigError, DataError
 from qwen_jax.weights.checkpoint import Checkpoints
 from tests.published import publish
 from tests.train.conftest import record
+from tests.train.test_hosts import TIMEOUT, forget, run_on, started
 from tests.train.test_run import final_arrays, run, steps, when_step
 from train import critic
 from train.config import LM, Evaluation, LoRA, Mesh, Pretrained, Stage
@@ -189,6 +191,79 @@ def test_a_mesh_learns_what_a_device_does_and_samples_as_it_trains(online, judge
     # The first episode: the second is sampled from weights that differ by rounding.
     for there, here in zip(record(split)[:3], rows, strict=False):
         assert there == pytest.approx(here, rel=1e-4, abs=1e-6)
+
+
+def test_hosts_sample_shares_and_learn_what_one_does(online, judged, tmp_path):
+    """With a critic, held-out prompts, verdicts that are missing, and an engine on each host; then one host goes on."""
+    config = online(PPO(**judged(order="variance", tensor=1, max_rows=2), critic=Critic(warmup_steps=1)))
+    data = dataclasses.replace(config.data, held_out=0.2)
+    config = dataclasses.replace(config, data=data, mesh=Mesh(data=2), evaluation=Evaluation(every=2, samples=3))
+    shared = dataclasses.replace(config, run_dir=str(tmp_path / "shared"))
+    run_on(shared, tmp_path, hosts=2, devices=1)
+    assert run(config) == 0
+    for there, here in zip(record(shared), record(config), strict=True):
+        assert there == pytest.approx(here, rel=1e-4, abs=1e-6)
+    for name, count in {"rollouts.jsonl": 2 * 2 * 4, "samples.jsonl": 3 * 3}.items():
+        told = [Path(each.run_dir, name).read_text().splitlines() for each in (config, shared)]
+        assert told[0] == told[1] and len(told[0]) == count
+    forget(shared, 5)
+    assert run(shared) == 0
+    for there, here in zip(record(shared), record(config), strict=True):
+        assert there == pytest.approx(here, rel=1e-4, abs=1e-6)
+
+
+SLOW = """
+import pathlib, time
+
+def reward(prompts, completions, **columns):
+    reward.calls += 1
+    if reward.calls == 2:
+        pathlib.Path("TOLD").touch()
+        time.sleep(3)
+    return [float(len(set(text))) for text in completions]
+
+reward.calls = 0
+"""
+
+
+def test_one_host_that_is_asked_to_stop_stops_all(online, judged, tmp_path):
+    """In the middle of an episode, which is not learned from; then they go on as if nothing had been."""
+    file, told = tmp_path / "slow.py", tmp_path / "told"
+    file.write_text(SLOW.replace("TOLD", str(told)))
+    rewards = (RewardSource(source=Function(path=str(file))),)
+    config = online(GRPO(**judged(tensor=1) | dict(rewards=rewards)), mesh=Mesh(data=2))
+    (tmp_path / "run.gin").write_text(bindings.render(config))
+    with started(tmp_path / "run.gin", hosts=2, devices=1) as processes:
+        wait_for(told.exists, processes)
+        processes[1].send_signal(signal.SIGTERM)
+        for process in processes:
+            _, errors = process.communicate(timeout=TIMEOUT)
+            assert process.returncode == SAVED_PLEASE_RESTART, errors
+    assert steps(config) == [3]
+    run_on(config, tmp_path, hosts=2, devices=1)
+    unbroken = dataclasses.replace(config, run_dir=str(tmp_path / "unbroken"))
+    assert run(unbroken) == 0
+    for there, here in zip(record(config), record(unbroken), strict=True):
+        assert there == pytest.approx(here, rel=1e-4, abs=1e-6)
+
+
+def test_a_reward_that_fails_on_a_host_ends_all_in_one_sentence(online, judged, folder, tmp_path):
+    failing = (RewardSource(source=Function(path=str(folder / "reward.py"), name="failing")),)
+    config = online(GRPO(**judged(tensor=1) | dict(rewards=failing)), mesh=Mesh(data=2))
+    (tmp_path / "run.gin").write_text(bindings.render(config))
+    with started(tmp_path / "run.gin", hosts=2, devices=1) as processes:
+        for process in processes:
+            _, errors = process.communicate(timeout=TIMEOUT)
+            assert process.returncode == 3 and "failing judged 0 of 12 completions: RuntimeError: no more" in errors
+    assert steps(config) == [3]
+
+
+def wait_for(ready, processes):
+    """Until it is so; processes that end before have failed."""
+    deadline = time.monotonic() + TIMEOUT
+    while not ready():
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.05)
 
 
 def test_a_judge_that_fails_ends_the_run_with_its_state_saved(online, judged, folder, tmp_path):

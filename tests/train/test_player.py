@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 import threading
 
+import jax
 import pytest
 
 from qwen_jax.errors import ConfigError
+from qwen_jax.sharding import make_mesh
 from tests.published import tiny_tokenizer
 from train import player
 from train.data.prompts import Prompt
@@ -35,7 +37,8 @@ def made(judged_by_rule, monkeypatch):
     monkeypatch.setattr(player, "Follower", Follower)
     prompts = [[Prompt(origin="", text="?", asked="?", ids=[1], columns={})], []]
     config = judged_by_rule(GRPO)
-    found = player.Player(config, prompts, tiny_tokenizer(), None, None, stopping=asked.is_set, show=shown.append)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    found = player.Player(config, prompts, tiny_tokenizer(), None, mesh, stopping=asked.is_set, show=shown.append)
     return found, entered, asked, shown
 
 
@@ -76,5 +79,6 @@ def test_a_cache_without_room_for_a_completion_is_refused(judged_by_rule):
     config = judged_by_rule(GRPO)
     rollout = dataclasses.replace(config.objective.rollout, cache_tokens=32)
     config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, rollout=rollout))
+    mesh = make_mesh(devices=jax.devices()[:1])
     with pytest.raises(ConfigError, match="cache_tokens=32 has no room .* set it to 64 or more"):
-        player.Player(config, prompts, tiny_tokenizer(), None, None, stopping=bool, show=print)
+        player.Player(config, prompts, tiny_tokenizer(), None, mesh, stopping=bool, show=print)

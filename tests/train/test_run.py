@@ -18,6 +18,7 @@ from qwen_jax.errors import INTERRUPTED, SAVED_PLEASE_RESTART, ConfigError, Data
 from qwen_jax.model import stack_layers
 from qwen_jax.weights.checkpoint import Checkpoints, open_checkpoint
 from tests.train.conftest import record
+from train import hosts
 from train import run as run_module
 from train.config import Mesh, Pretrained, Profile, Stage
 from train.feed import Reading
@@ -255,7 +256,7 @@ def test_hosts_are_looked_for_where_there_are_tpus_and_nowhere_else(monkeypatch)
     try:
         for platforms in ("cpu", "tpu,cpu"):
             jax.config.update("jax_platforms", platforms)
-            run_module.join_hosts()
+            hosts.join()
     finally:
         jax.config.update("jax_platforms", before)
     assert calls == [()]

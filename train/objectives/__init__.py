@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax import model
+from qwen_jax import model, sharding
 from qwen_jax.model import Params
 from train import adapter
 from train.adapter import Frozen
@@ -99,7 +99,7 @@ def look(config: TrainConfig) -> Look:
                 found[name] = of(frozen.base if config.adapter else frozen.reference)
             else:
                 found[name] = value.values(config.critic_config, critic, batch, **how)
-        return jax.tree.map(lambda x: x.astype(jnp.float32), found)
+        return jax.tree.map(lambda x: sharding.whole(x.astype(jnp.float32)), found)
 
     return jax.jit(said)
 
@@ -121,7 +121,7 @@ def refer(config: TrainConfig) -> Refer:
 def log_probs(config: TrainConfig) -> Callable[[Params, Batch], jax.Array]:
     """A compiled function of parameters and a micro-batch: the log-probabilities of its targets, float32 [b, T]."""
     how: dict[str, Any] = dict(attention=config.attention, balanced=True)
-    return jax.jit(lambda params, batch: dpo.log_probs(config.model_config, params, batch, **how))
+    return jax.jit(lambda params, batch: sharding.whole(dpo.log_probs(config.model_config, params, batch, **how)))
 
 
 def is_random(config: TrainConfig) -> bool:

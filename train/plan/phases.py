@@ -19,7 +19,7 @@ from train.config import TrainConfig
 from train.feed import abstract_batch
 from train.player import capacity
 from train.reinforcement import PPO, Online
-from train.sampling import prepare
+from train.sampling import along_tensor, engines_mesh, prepare
 from train.step import State
 
 
@@ -57,17 +57,22 @@ def _one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _rollout(config: TrainConfig, state: State, kept: Frozen) -> tuple[jax.stages.Lowered, int]:
-    """A step of the engine, and the bytes of its weights and cache."""
-    room = capacity(config, config.data.sequence_length + 1)
+    """A step of an engine on its devices, and the bytes of its weights and cache."""
+    assert isinstance(config.objective, Online)
+    mesh = engines_mesh(jax.sharding.get_mesh(), config.model_config, config.objective.rollout.tensor)
+    own = jax.sharding.Mesh(mesh.devices[:1], mesh.axis_names, axis_types=mesh.axis_types)
+    room = capacity(config, config.data.sequence_length + 1, mesh.shape["data"])
     shape = dataclasses.replace(config.model_config, param_dtype=config.model_config.dtype)
     params = jax.eval_shape(prepare(shape, config.adapter), state.params, Frozen(base=kept.base))
-    params = jax.eval_shape(model.repeat_kv_heads, params)
-    assert room.cache_tokens and room.max_length
-    cache = jax.eval_shape(lambda: model.make_cache(shape, room.cache_tokens // room.page_size, room.page_size))
-    ints = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)
-    count, width = room.max_rows, -(-room.max_length // room.page_size)
-    rows = Rows(lengths=ints(count), table=ints(count, width), counts=ints(count), width=1)
-    shape = dataclasses.replace(shape, num_kv_heads=kv_heads(shape.num_kv_heads))
-    inputs = Inputs(rows=rows, places=ints(count))
-    last = jax.ShapeDtypeStruct((count + 1,), jnp.int32)
-    return compute.lower(shape, params, cache, last, inputs), size((params, cache))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=along_tensor(x, own)), params)
+    with jax.set_mesh(own):
+        params = jax.eval_shape(model.repeat_kv_heads, params)
+        assert room.cache_tokens and room.max_length
+        cache = jax.eval_shape(lambda: model.make_cache(shape, room.cache_tokens // room.page_size, room.page_size))
+        ints = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)
+        count, width = room.max_rows, -(-room.max_length // room.page_size)
+        rows = Rows(lengths=ints(count), table=ints(count, width), counts=ints(count), width=1)
+        shape = dataclasses.replace(shape, num_kv_heads=kv_heads(shape.num_kv_heads))
+        inputs = Inputs(rows=rows, places=ints(count))
+        last = jax.ShapeDtypeStruct((count + 1,), jnp.int32)
+        return compute.lower(shape, params, cache, last, inputs), size((params, cache))

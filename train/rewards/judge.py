@@ -14,11 +14,12 @@ from jaxtyping import Float64
 from qwen_jax.text import Tokenizer
 from qwen_jax.text.chat import Format
 from qwen_jax.text.template import JinjaFormat
+from train import hosts
 from train.reinforcement import Online
 from train.rewards.config import Function, RewardModel, Verifier
 from train.rewards.function import FunctionReward
 from train.rewards.model import ModelReward
-from train.rewards.verdicts import Sample, Source
+from train.rewards.verdicts import Sample, Source, Verdicts
 from train.rewards.verifiers import Rule
 
 __all__ = ["Judge", "Judged", "Sample"]
@@ -91,7 +92,8 @@ class Judge(contextlib.AbstractContextManager):
         """Judges samples, several or all of an episode. DataError where too many have no verdict."""
         parts, failures = {}, Counter[str]()
         for name, source in zip(self._names, self._sources, strict=True):
-            parts[name], failed = source(samples)
+            # A reward model is on the devices of all hosts.
+            parts[name], failed = source(samples) if isinstance(source, ModelReward) else _shared(source, samples)
             failures.update({f"{name}: {reason}": count for reason, count in failed.items()})
         return Judged(self._total(list(parts.values())), parts, dict(failures))
 
@@ -102,6 +104,13 @@ class Judge(contextlib.AbstractContextManager):
             met = next(part for part, reward in zip(parts, rewards, strict=True) if not _is_model(reward.source))
             return _sigmoid(0.5 * scores) + (met - 1)
         return np.sum([reward.weight * part for reward, part in zip(rewards, parts, strict=True)], axis=0)
+
+
+def _shared(source: Source, samples: Sequence[Sample]) -> Verdicts:
+    """What a source says, of which each host asks for a share."""
+    own = samples[hosts.share(len(samples))]
+    found = hosts.together(lambda: source(own) if own else Verdicts(np.zeros(0), Counter()))
+    return Verdicts(np.concatenate([each.values for each in found]), sum((each.failures for each in found), Counter()))
 
 
 def _is_model(source: Verifier | Function | RewardModel) -> bool:
