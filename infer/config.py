@@ -21,7 +21,8 @@ class Options:
       model: a published folder, a run or checkpoint folder of ours, or the name of a published model.
       allow_pickle_format: whether weights in PyTorch's own format are read.
       dtype: type of parameters and computation; None for the checkpoint's.
-      mesh: how many ways the mesh axes split the model, over the first devices; axes that are not named have size 1.
+      mesh: how many ways the mesh axes split the model, over the first devices, and with `data` how many copies of it
+        there are; axes that are not named have size 1.
       kv_cache: type of keys and values in the cache; None for that of the computation.
       sparse_prefill: prompts of more tokens are taken in with sparse attention; None for full attention.
       format: name of a chat format; None for the model's own.
@@ -246,7 +247,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         type=_mesh,
         default={},
         help="how many ways to split the model, and so how many devices to take: tensor=4, or tensor=4,expert=2 for a "
-        "mixture of experts (default: one device)",
+        "mixture of experts; data=2 has two copies of it, each with as many rows (default: one device)",
     )
     add("--kv-cache", choices=["int8"], help="keep keys and values in int8, for twice as many (default: as computed)")
     add(

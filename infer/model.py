@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from infer.config import DEFAULT_LENGTH, Options
 from infer.terminal import warn
-from qwen_jax.engine import Capacity, Engine, PromptLookup, Sampling, VerticalSlash, load, load_draft
+from qwen_jax.engine import Capacity, Engine, PromptLookup, Replicas, Sampling, VerticalSlash, load, load_draft
 from qwen_jax.errors import ConfigError
 from qwen_jax.sharding import make_mesh
 from qwen_jax.text import Tokenizer
@@ -61,10 +61,14 @@ class Opened:
             raise ConfigError(f"--max-length {max_length}: the model has {max_position} positions")
         return max_length or min(max_position, DEFAULT_LENGTH)
 
-    def load(self, capacity: Capacity) -> Engine:
-        """The engine, on the devices of --mesh."""
+    def load(self, capacity: Capacity) -> Engine | Replicas:
+        """The engine, on the devices of --mesh, or as many as `data` says, with such a capacity each."""
+        engines = [self._engine(mesh, capacity) for mesh in self._meshes()]
+        return engines[0] if len(engines) == 1 else Replicas(engines)
+
+    def _engine(self, mesh: Mesh, capacity: Capacity) -> Engine:
         options = self.options
-        where = dict(mesh=self._mesh(), dtype=options.dtype)
+        where = dict(mesh=mesh, dtype=options.dtype)
         if options.kv_cache == "int8":
             # Pages of int8 are larger, and the last one of each row is half empty.
             tokens = capacity.cache_tokens and capacity.cache_tokens + capacity.max_rows * INT8_PAGE
@@ -75,8 +79,8 @@ class Opened:
         sparse = None if options.sparse_prefill is None else VerticalSlash(threshold=options.sparse_prefill)
         return load(self.model, self.tokenizer, **where, capacity=capacity, sparse=sparse, speculate=speculate)
 
-    def _mesh(self) -> Mesh:
-        """The first devices. Raises ConfigError if they are too few, or cannot share the models evenly."""
+    def _meshes(self) -> list[Mesh]:
+        """The first devices, those of each engine. Raises ConfigError if they are too few, or cannot share the models evenly."""
         sizes, devices = self.options.mesh, jax.devices()
         given, wanted = ",".join(f"{axis}={size}" for axis, size in sizes.items()), math.prod(sizes.values())
         if wanted > len(devices):
@@ -89,7 +93,9 @@ class Opened:
             if sizes.get("tensor", 1) not in fitting:
                 can_be = ", ".join(map(str, fitting))
                 raise ConfigError(f"--mesh {given}: {model.path} cannot be split so; tensor can be {can_be}")
-        return make_mesh(**sizes, devices=devices[:wanted])
+        size = wanted // sizes.get("data", 1)
+        of_one = {axis: ways for axis, ways in sizes.items() if axis != "data"}
+        return [make_mesh(**of_one, devices=devices[start : start + size]) for start in range(0, wanted, size)]
 
     def report(self) -> None:
         """One line on stderr, if any default is the model's."""

@@ -10,7 +10,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from qwen_jax.engine import Completion, Engine
+from qwen_jax.engine import Completion, Engine, Replicas
 
 _SECONDS_BETWEEN_LINES = 60.0
 _SECONDS_BETWEEN_FRAMES = 0.1
@@ -19,7 +19,7 @@ _SECONDS_BETWEEN_FRAMES = 0.1
 class Report:
     """A live bar where stderr is a terminal, a line a minute where it is not, one at the end. A context manager."""
 
-    def __init__(self, engine: Engine, total: int, *, done: int = 0, quiet: bool = False) -> None:
+    def __init__(self, engine: Engine | Replicas, total: int, *, done: int = 0, quiet: bool = False) -> None:
         """
         Args:
           engine: a fresh one, which makes the completions.

@@ -28,7 +28,7 @@ from infer.server.guard import Settings, is_loopback
 from infer.server.prepare import Served
 from infer.server.service import Service
 from infer.terminal import warn
-from qwen_jax.engine import Capacity, Engine, Request
+from qwen_jax.engine import Capacity, Engine, Replicas, Request
 from qwen_jax.errors import ConfigError, FileError, NumericalError
 from qwen_jax.text.chat import Format
 from qwen_jax.text.template import JinjaFormat
@@ -53,8 +53,9 @@ def run(options: Serve) -> int:
         cache_tokens = options.cache_tokens or min(rows, FULL_ROWS) * length
         engine = opened.load(Capacity(max_rows=rows, max_length=length, cache_tokens=cache_tokens))
         opened.report()
-        _try(engine, served)
-        service = Service(engine, room=rows + options.max_waiting)
+        copies = options.mesh.get("data", 1)
+        _try(engine, served, copies)
+        service = Service(engine, room=copies * rows + options.max_waiting)
         max_body = min(_MORE_BYTES + _BYTES_PER_TOKEN * length, strict_json.MAX_BYTES)
         server = make_server(service, served, Settings(key=key, max_body=max_body))
         _log_to_stderr()
@@ -64,10 +65,11 @@ def run(options: Serve) -> int:
     return _code(service)
 
 
-def _try(engine: Engine, served: Served) -> None:
+def _try(engine: Engine | Replicas, served: Served, copies: int) -> None:
     """Makes two tokens, which compiles what most requests need: a model that cannot run says so before it is asked."""
-    prompt, sampling = [served.tokenizer.end_of_text], served.sampling
-    engine.add(Request(prompt=prompt, max_new_tokens=2, sampling=sampling))
+    for length in range(1, copies + 1):  # other prompts are for other copies
+        prompt = [served.tokenizer.end_of_text] * length
+        engine.add(Request(prompt=prompt, max_new_tokens=2, sampling=served.sampling))
     while engine.busy:
         if any(token.finish_reason == "error" for token in engine.step()):
             raise NumericalError(NOT_FINITE)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from infer.server.errors import ApiError
 from infer.server.metrics import Metrics
-from qwen_jax.engine import Engine, Request, Stats, Token
+from qwen_jax.engine import Engine, Replicas, Request, Stats, Token
 from qwen_jax.errors import UserError
 
 # A step may compile, which takes minutes for the largest models; what takes longer does not end.
@@ -34,7 +34,7 @@ class Service:
       failed: set when `error` is.
     """
 
-    def __init__(self, engine: Engine, *, room: int, patience: float = PATIENCE) -> None:
+    def __init__(self, engine: Engine | Replicas, *, room: int, patience: float = PATIENCE) -> None:
         """`patience` is what a step may take, in seconds."""
         self.room = room
         self.metrics = Metrics(lambda: self._stats)

@@ -182,9 +182,8 @@ class QuantizedTensors:
                 f"{self._files.where(self._part(name, 'qzeros'))} has zeros that are not {how.middle}, and config.json "
                 "says sym: true; are they of another checkpoint_format?"
             )
-        self._check_middle(
-            name, how, min(inputs, max(how.group, how.count, _SAMPLE // outputs // how.count * how.count))
-        )
+        whole = how.group or how.count  # groups of weights, or words, of which there are as many as the sample has
+        self._check_middle(name, how, min(inputs, max(1, _SAMPLE // outputs // whole) * whole))
         self._seen.add(name)
 
     def _check_middle(self, name: str, how: Quantization, inputs: int) -> None:

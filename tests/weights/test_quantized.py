@@ -13,7 +13,7 @@ from qwen_jax import model, sharding
 from qwen_jax.config import Moe
 from qwen_jax.errors import ModelError
 from qwen_jax.ops.quantized import Quantized
-from qwen_jax.weights import hf, load_quantized
+from qwen_jax.weights import hf, load_quantized, quantized
 from qwen_jax.weights.hf_quantization import parse
 from qwen_jax.weights.load import abstract_params, load_params
 from qwen_jax.weights.quantize import Rounding
@@ -48,6 +48,16 @@ RELATIVE = 1e-5
 def published(request, tmp_path):
     model_type, config, how, head_bits = FOLDERS[request.param]
     return tmp_path / "model", publish_quantised(tmp_path / "model", config, model_type, how, head_bits=head_bits)
+
+
+@pytest.mark.parametrize("sample", [24 * 16, 24 * 32, 24 * 64])
+def test_the_sample_that_is_looked_at_has_whole_groups(published, monkeypatch, sample):
+    """Weights have any number of outputs: of 2 ** 20 numbers of 3584 outputs, 288 inputs are two groups and a quarter."""
+    monkeypatch.setattr(quantized, "_SAMPLE", sample)
+    with open_model(published[0], warn=pytest.fail) as source:
+        for tensor in source.table:
+            part, rows = tensor.parts[0], tensor.rows[0]
+            assert np.isfinite(source.read(Piece(tensor, part, rows, 0, part.shape[0])).astype(np.float32)).all()
 
 
 def test_golden_words():
