@@ -31,7 +31,7 @@ SEEDS = (0, 1, 2)
 SAMPLES = 8  # answers of the tuned model to a prompt, of which a right and a wrong one are a pair
 LEAST_RISE = 0.2  # of what is answered rightly, by GRPO and by PPO
 WITHIN = 0.05  # what counts as the same reward
-METHODS = {"grpo": "GRPO", "ppo": "PPO", "online": "online DPO", "merged": "the same, merging", "offline": "offline DPO"}
+METHODS = dict(grpo="GRPO", ppo="PPO", online="online DPO", merged="online DPO, merging", offline="DPO")
 COLORS = ("#b8323a", "#7a9cc6", "#3d7d5a")
 
 TEXT = """
@@ -43,8 +43,8 @@ A model of 166,000 parameters ([configs/demo](../configs/demo/align-base.gin)) l
 six digits; what follows tuning is about reversing alone, and sorting shows what that unlearns. Asked are 200 tasks of
 each kind that no run has seen: greedy is by the likeliest tokens, sampled at temperature 1. GRPO and PPO learn from
 answers that a rule judges; both kinds of DPO from about as many pairs of a right and a wrong answer, in as many steps:
-offline those that the tuned model gave, online its own of that step, each at the learning rate that was best on the first
-seed (of 1e-5, 3e-5 and 1e-4, and of 1e-4 and 4e-4).
+offline those that the tuned model gave, online its own of that step, each at the learning rate that was best on the
+first seed (of 1e-5, 3e-5 and 1e-4, and of 1e-4 and 4e-4).
 
 ![reversed rightly, by step](alignment_online.png)
 

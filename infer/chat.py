@@ -123,6 +123,8 @@ class Conversation:
     """
 
     def __init__(self, options: Chat, tools: Toolbox) -> None:
+        if "data" in options.mesh:
+            raise ConfigError("--mesh data: a chat has one answer at a time, and one copy of the model; leave it out")
         self.opened = open_for(options)
         self.form = self.opened.chat_format()
         self.messages: list[Message] = []

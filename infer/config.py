@@ -167,7 +167,7 @@ FULL_ROWS = 4
 
 DEFAULT_TOOL_ROUNDS = 8
 
-MESH_AXES = ("tensor", "expert")  # those that make a step faster; others would only repeat the model
+MESH_AXES = ("tensor", "expert", "data")  # those that make a step faster, and copies of the model
 
 MOST_GUESSES = 64  # as one step is as wide as its guesses for every row
 
@@ -467,7 +467,7 @@ def _mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if axis not in MESH_AXES or axis in sizes or not (size.isdecimal() and int(size)):
-            wanted = " or ".join(f"{name}=N" for name in MESH_AXES)
+            wanted = ", ".join(f"{name}=N" for name in MESH_AXES[:-1]) + f" or {MESH_AXES[-1]}=N"
             raise argparse.ArgumentTypeError(f"{part!r} in {text!r}: wanted {wanted}, each once, N at least 1")
         sizes[axis] = int(size)
     return sizes

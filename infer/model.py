@@ -80,7 +80,10 @@ class Opened:
         return load(self.model, self.tokenizer, **where, capacity=capacity, sparse=sparse, speculate=speculate)
 
     def _meshes(self) -> list[Mesh]:
-        """The first devices, those of each engine. Raises ConfigError if they are too few, or cannot share the models evenly."""
+        """The first devices, those of each engine.
+
+        Raises ConfigError if they are too few, or cannot share the models evenly.
+        """
         sizes, devices = self.options.mesh, jax.devices()
         given, wanted = ",".join(f"{axis}={size}" for axis, size in sizes.items()), math.prod(sizes.values())
         if wanted > len(devices):

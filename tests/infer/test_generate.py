@@ -110,6 +110,16 @@ def test_several_devices_make_the_same_completion_and_the_cache_may_be_int8(comm
     ]  # fmt: skip
 
 
+def test_copies_share_the_prompts_of_a_file(command, tmp_path):
+    file, made = tmp_path / "prompts.jsonl", []
+    file.write_text("".join(json.dumps({"prompt": "low" * n}) + "\n" for n in range(1, 8)))
+    for asked in ([], ["--mesh", "data=2,tensor=2"]):
+        code, out, err = command("--input", file, *SHORT, "--batch-size", 2, *asked)
+        assert code == 0, err
+        made.append(out)
+    assert made[0] == made[1] and made[0].count("\n") == 7
+
+
 @pytest.mark.parametrize("asked, threshold", [(["--sparse-prefill", "64"], 64), ([], None)])
 @pytest.mark.parametrize(
     "program", [["generate", "--prompt", "low", "--max-new-tokens", "1"], ["chat", "--format", "qwen2"]]
@@ -169,7 +179,8 @@ def test_interruption_keeps_what_was_made(command, tmp_path, monkeypatch):
         (["--prompt", "a", "--mesh", "tensor=16"], 2, "--mesh tensor=16 takes 16 devices, and there are 8"),
         (["--prompt", "a", "--mesh", "tensor=3"], 2, "--mesh tensor=3: .* cannot be split so; tensor can be 1, 2, 4"),
         (["--prompt", "a", "--mesh", "expert=2"], 2, "--mesh expert=2: .* has no experts to share"),
-        (["--prompt", "a", "--mesh", "data=2"], 2, "--mesh: 'data=2' in 'data=2': wanted tensor=N or expert=N"),
+        (["--prompt", "a", "--mesh", "fsdp=2"], 2, "'fsdp=2' in 'fsdp=2': wanted tensor=N, expert=N or data=N"),
+        (["--prompt", "a", "--mesh", "data=3,tensor=4"], 2, "--mesh data=3,tensor=4 takes 12 devices, and there are 8"),
         (["--prompt", "a", "--mesh", "tensor=0"], 2, "--mesh: 'tensor=0' in 'tensor=0': wanted tensor=N"),
         (["--prompt", "a", "--n", "x"], 2, "--n: invalid integer value: 'x'"),
         (["--prompt", "a", "--temp", "1"], 2, "unrecognized arguments: --temp 1"),

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from qwen_jax import bindings, sharding
+from qwen_jax.config import Score
 from qwen_jax.errors import SAVED_PLEASE_RESTART, ConfigError, DataError
 from qwen_jax.weights.checkpoint import Checkpoints
+from tests.conftest import tiny_config
 from tests.published import publish
 from tests.train.conftest import record
 from tests.train.test_hosts import TIMEOUT, forget, run_on, started
@@ -25,7 +27,7 @@ from train.config import LM, Evaluation, LoRA, Mesh, Pretrained, Stage
 from train.data.config import Data, Mixture, Part, Prompts, Text, TokenizerFile
 from train.episode import unpack
 from train.reinforcement import GRPO, PPO, Critic, OnlineDPO, Rollout
-from train.rewards.config import Function, RewardSource
+from train.rewards.config import Function, RewardModel, RewardSource
 from train.rollout import SAVED
 
 pytestmark = pytest.mark.usefixtures("enough_devices")
@@ -194,8 +196,12 @@ def test_a_mesh_learns_what_a_device_does_and_samples_as_it_trains(online, judge
 
 
 def test_hosts_sample_shares_and_learn_what_one_does(online, judged, tmp_path):
-    """With a critic, held-out prompts, verdicts that are missing, and an engine on each host; then one host goes on."""
-    config = online(PPO(**judged(order="variance", tensor=1, max_rows=2), critic=Critic(warmup_steps=1)))
+    """With a critic, held-out prompts, verdicts that are missing, a reward model on all; then one host goes on."""
+    shape = tiny_config(vocab_size=260, num_layers=1, score=Score(labels=1, hidden=False))
+    publish(tmp_path / "judge", shape, "qwen2")
+    how = judged(order="variance", tensor=1, max_rows=2)
+    how["rewards"] += (RewardSource(source=RewardModel(path=str(tmp_path / "judge"), batch_size=3), weight=0.5),)
+    config = online(PPO(**how, critic=Critic(warmup_steps=1)))
     data = dataclasses.replace(config.data, held_out=0.2)
     config = dataclasses.replace(config, data=data, mesh=Mesh(data=2), evaluation=Evaluation(every=2, samples=3))
     shared = dataclasses.replace(config, run_dir=str(tmp_path / "shared"))

@@ -52,7 +52,7 @@ def published(request, tmp_path):
 
 @pytest.mark.parametrize("sample", [24 * 16, 24 * 32, 24 * 64])
 def test_the_sample_that_is_looked_at_has_whole_groups(published, monkeypatch, sample):
-    """Weights have any number of outputs: of 2 ** 20 numbers of 3584 outputs, 288 inputs are two groups and a quarter."""
+    """Weights have any number of outputs: 2 ** 20 numbers of 3584 are 288 inputs, two groups and a quarter."""
     monkeypatch.setattr(quantized, "_SAMPLE", sample)
     with open_model(published[0], warn=pytest.fail) as source:
         for tensor in source.table:

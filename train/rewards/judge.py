@@ -91,9 +91,9 @@ class Judge(contextlib.AbstractContextManager):
     def __call__(self, samples: Sequence[Sample]) -> Judged:
         """Judges samples, several or all of an episode. DataError where too many have no verdict."""
         parts, failures = {}, Counter[str]()
-        for name, source in zip(self._names, self._sources, strict=True):
-            # A reward model is on the devices of all hosts.
-            parts[name], failed = source(samples) if isinstance(source, ModelReward) else _shared(source, samples)
+        for name, source, reward in zip(self._names, self._sources, self._online.rewards, strict=True):
+            # A reward model is on the devices of all hosts, which compute with it together.
+            parts[name], failed = source(samples) if _is_model(reward.source) else _shared(source, samples)
             failures.update({f"{name}: {reason}": count for reason, count in failed.items()})
         return Judged(self._total(list(parts.values())), parts, dict(failures))
 
