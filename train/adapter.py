@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +13,13 @@ from jaxtyping import PRNGKeyArray
 
 from qwen_jax import model
 from qwen_jax.config import ModelConfig
-from qwen_jax.errors import ConfigError, DataError, ModelError
+from qwen_jax.errors import ModelError
 from qwen_jax.model import Params
 from qwen_jax.model.adapter import TABLES
 from qwen_jax.ops.quantized import Quantized
-from qwen_jax.weights.adapted import Adapter, is_quantized
-from qwen_jax.weights.checkpoint import Checkpoint
+from qwen_jax.weights.adapted import Adapter
 from qwen_jax.weights.load import load_params
-from qwen_jax.weights.source import Model, Piece
+from qwen_jax.weights.source import Model
 from train.config import LoRA, Pretrained, TrainConfig
 
 
@@ -94,30 +92,6 @@ def describe(config: TrainConfig, adapter: LoRA) -> bytes:
     path = Path(os.path.expanduser(config.model.path))
     base = str(path.absolute()) if path.exists() else config.model.path
     return Adapter(base=base, scale=adapter.scale, dropout=adapter.dropout, arrays={}).to_json()
-
-
-def check_source(config: TrainConfig, source: Model, checkpoint: Checkpoint | None) -> str:
-    """What tells the base from others of its shape: a digest of the first row of each of its tensors.
-
-    Raises DataError if the adapter of a checkpoint was trained beside another, ConfigError if it cannot be exported.
-    """
-    if config.export and config.export.merged and is_quantized(source) and not config.export.dtype:
-        raise ConfigError(
-            f'{source.path} is quantised, and export.merged writes its weights whole: set export.dtype = "bfloat16"'
-        )
-    digest = hashlib.sha256()
-    for tensor in source.table:
-        part, rows = tensor.parts[0], tensor.rows[0]
-        ratio = (rows.stop - rows.start) // part.shape[0]
-        row = Piece(tensor, part, slice(rows.start, rows.start + ratio), 0, 1)
-        digest.update(f"{tensor.name} {source.dtype(tensor)}".encode() + source.read(row).tobytes())
-    found = digest.hexdigest()
-    if checkpoint and checkpoint.meta.get("base", found) != found:
-        raise DataError(
-            f"{source.path} has other weights than the base that {checkpoint.path} was trained beside; put that one "
-            "back, or choose another run_dir"
-        )
-    return found
 
 
 def _tables(frozen: Params, adapter: LoRA) -> Params:

@@ -58,6 +58,9 @@ class Player:
 
     playing = player.start(lambda replicas: player.complete(replicas, prompts, ...), state, frozen)
     made = player.result(playing)
+
+    Attributes:
+      engines: what it samples with, in words.
     """
 
     def __init__(
@@ -99,11 +102,16 @@ class Player:
                 f"completion; set it to {whole} or more"
             )
         engines = engines_mesh(mesh, config.model_config, rollout.tensor).shape["data"]
+        room = capacity(config, longest, engines)
+        self.engines = (
+            f"{engines:,} of {mesh.size // engines} devices each, with {room.max_rows:,} rows and "
+            f"{room.cache_tokens:,} tokens in cache"
+        )
         self._follower = Follower(
             config.model_config,
             num_tokens=tokenizer.num_tokens,
             mesh=mesh,
-            capacity=capacity(config, longest, engines),
+            capacity=room,
             adapter=config.adapter,
             tensor=rollout.tensor,
         )

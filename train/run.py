@@ -18,14 +18,13 @@ from jax.sharding import Mesh
 from qwen_jax.errors import ConfigError, DataError, FileError, NumericalError, SandboxError
 from qwen_jax.sharding import make_mesh
 from qwen_jax.weights.checkpoint import Checkpoint, Checkpoints
-from qwen_jax.weights.source import ADAPTER, Model, open_model
+from qwen_jax.weights.source import ADAPTER, open_model
 from train import adapter, critic, hosts, plot, reference
 from train import directory as run_directory
 from train import frozen as kept
 from train.adapter import NOTHING, Frozen
 from train.config import Pretrained, TrainConfig
 from train.data import Corpus, prepare
-from train.data.config import Chats
 from train.data.conversations import ChatFormat
 from train.evaluation import HeldOut
 from train.exam import Exam
@@ -34,6 +33,7 @@ from train.feed import Reading, abstract_batch
 from train.player import Interrupted, Player
 from train.profiler import Profiler
 from train.progress import Report
+from train.provenance import base_digest, check_corpus, check_tokenizer, fingerprint
 from train.record import Record
 from train.reinforcement import PPO, Online
 from train.rewards.judge import Judge
@@ -303,7 +303,7 @@ def begin(
         return initial_state(config.model_config, optimizer, seed=config.seed, unroll=unroll), NOTHING, {}
     with open_model(config.model.path, warn=shared.report.warn) as source:
         check_tokenizer(shared.corpus, source)
-        base = {"base": adapter.check_source(config, source, checkpoint)} if kept.is_needed(config) else {}
+        base = {"base": base_digest(config, source, checkpoint)} if kept.is_needed(config) else {}
         frozen = kept.load(config, source, warn=shared.report.warn, unroll=unroll)
         if checkpoint:
             state = restored(checkpoint, adapter=config.adapter)
@@ -337,6 +337,7 @@ def asking(
                 raise DataError(f"{prompt.origin}: {error}") from None
         stopping = lambda: bool(shared.stop.asked)
         player = Player(config, shared.prompts, tokenizer, judge, mesh, stopping=stopping, show=report.busy)
+        report.fact("engines", player.engines)
         saved = checkpoint.read(SAVED) if checkpoint else None
         try:
             told = table(shared.directory / TABLE)
@@ -354,50 +355,6 @@ def trace(config: TrainConfig) -> None:
         _, optimizer, train_step = configured(config)
         state = abstract_state(config.model_config, optimizer, config.adapter)
         jax.eval_shape(train_step, state, abstract_batch(config), kept.abstract(config))
-
-
-def fingerprint(corpus: Corpus, config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint remembers of its data, so that it is not trained on with other data.
-
-    And whether it is a model that chats: one that was trained on conversations alone ends its texts as they do, and so
-    does one that was asked in chats.
-    """
-    tokens = {part.part.name: len(part.train) for part in corpus.parts}
-    known = {"tokenizer": corpus.tokenizer.fingerprint, "train_tokens": tokens.get("all", tokens)}
-    prompts = config.data.prompts
-    chats = prompts.chat if prompts else all(isinstance(part.part.source, Chats) for part in corpus.parts)
-    return known | ({"chat": True} if chats else {})
-
-
-def check_corpus(corpus: Corpus, config: TrainConfig, checkpoint: Checkpoint | None) -> None:
-    """Raises an error unless the model has a row for each token, and a checkpoint was made with this very data."""
-    if corpus.tokenizer.num_tokens > config.model_config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {corpus.tokenizer.num_tokens} tokens and model.vocab_size is "
-            f"{config.model_config.vocab_size}; make it at least that"
-        )
-    asks = [*["evaluation.samples"] * bool(config.evaluation.samples), *["keep_best"] * config.checkpoint.keep_best]
-    if (
-        asks
-        and not any(len(part.held_out) for part in corpus.parts)
-        and not (config.data.prompts and config.data.held_out)
-    ):
-        raise ConfigError(f"{' and '.join(asks)} looks at held-out text, and there is none; set data.held_out above 0")
-    meta = {name: value for name, value in (checkpoint.meta if checkpoint else {}).items() if name != "base"}
-    if checkpoint and meta != (found := fingerprint(corpus, config)):
-        raise DataError(
-            f"the tokens are not those that {checkpoint.path} was trained on: {found}, not {meta}; "
-            "restore them, or choose another run_dir"
-        )
-
-
-def check_tokenizer(corpus: Corpus, source: Model) -> None:
-    """Raises DataError unless the tokens are those that the model knows."""
-    if corpus.tokenizer.fingerprint != source.tokenizer().fingerprint:
-        raise DataError(
-            f"the tokens are of another tokenizer than {source.path}, and its weights would mean nothing; "
-            "set data.tokenizer = @TokenizerFile and data.tokenizer.path to the tokenizer of that model"
-        )
 
 
 def describe(config: TrainConfig, mesh: Mesh, step: int, report: Report) -> None:
