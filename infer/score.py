@@ -57,11 +57,12 @@ def _score(
 
 
 def _row(scores: np.ndarray, *, steps: bool) -> dict[str, Any]:
-    """Scores [places, labels] as they are written: of two labels, how likely the second is."""
+    """Scores [places, labels] as they are written: of steps with two labels, how likely the second is."""
     if steps and scores.shape[1] == 2:
         return {"scores": [float(p) for p in 1 / (1 + np.exp(scores[:, 0] - scores[:, 1]))]}
-    values = scores if steps else scores[0]
-    return {"scores": values.tolist()} if values.size > 1 else {"score": float(values.ravel()[0])}
+    if scores.shape[1] == 1:
+        return {"scores": scores[:, 0].tolist()} if steps else {"score": float(scores[0, 0])}
+    return {"scores": (scores if steps else scores[0]).tolist()}
 
 
 def _form(options: Score, source: Model, tokenizer: Tokenizer) -> Format | JinjaFormat:
