@@ -203,7 +203,7 @@ def test_hosts_sample_shares_and_learn_what_one_does(online, judged, tmp_path):
     how["rewards"] += (RewardSource(source=RewardModel(path=str(tmp_path / "judge"), batch_size=3), weight=0.5),)
     config = online(PPO(**how, critic=Critic(warmup_steps=1)))
     data = dataclasses.replace(config.data, held_out=0.2)
-    config = dataclasses.replace(config, data=data, mesh=Mesh(data=2), evaluation=Evaluation(every=2, samples=3))
+    config = dataclasses.replace(config, data=data, mesh=Mesh(fsdp=2), evaluation=Evaluation(every=2, samples=3))
     shared = dataclasses.replace(config, run_dir=str(tmp_path / "shared"))
     run_on(shared, tmp_path, hosts=2, devices=1)
     assert run(config) == 0
