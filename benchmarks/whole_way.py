@@ -24,7 +24,8 @@ CONFIGS = ROOT / "configs" / "demo"
 EXPORT = "runs/demo/sft/export"
 IN_FORM = 0.95  # of the answers
 COMPARED, NEW_TOKENS = 8, 200  # prompts that transformers answers too, and tokens of an answer
-UNFORMED = ("no final answer", "cut at max_new_tokens", "empty")
+SAMPLES = 4  # answers to each test problem
+UNFORMED, RIGHT = ("no final answer", "cut at max_new_tokens", "empty"), ("duplicate",)  # of what the report drops
 
 
 def command(folder: Path, module: str, *arguments: str) -> None:
@@ -37,13 +38,19 @@ def command(folder: Path, module: str, *arguments: str) -> None:
 
 
 def check(folder: Path, test: Path, model: str, name: str) -> tuple[float, float]:
-    """Of a model's answers to the test problems, the fraction in the trained form, and that of right ones."""
-    values = dict(input=str(test), output=f"runs/demo/{name}-right.jsonl", **{"model.path": model})
+    """Of a model's answers to the test problems, the part in the trained form, and that of right ones."""
+    values = {
+        "input": str(test),
+        "output": f"runs/demo/{name}-right.jsonl",
+        "model.path": model,
+        "stage.samples": SAMPLES,
+    }
     bound = [f"{path}={json.dumps(value)}" for path, value in values.items()]
     command(folder, "train.data.synthesis", str(CONFIGS / "check.gin"), "--set", *bound)
     report = json.loads((folder / f"runs/demo/{name}-right.jsonl.report.json").read_text())
-    count, dropped = report["rows in"], report["dropped"]
-    return 1 - sum(dropped.get(reason, 0) for reason in UNFORMED) / count, report["rows out"] / count
+    count, dropped = report["rows in"] * SAMPLES, report["dropped"]
+    unformed, right = (sum(dropped.get(reason, 0) for reason in of) for of in (UNFORMED, RIGHT))
+    return 1 - unformed / count, (report["rows out"] + right) / count
 
 
 def same_in_transformers(folder: Path, test: Path) -> int:
