@@ -70,6 +70,18 @@ def test_two_hosts_then_one(config, change, tmp_path):
     assert record(moved) == record(config)
 
 
+def test_two_hosts_answer_a_share_of_the_prompts_each(config, change, tmp_path):
+    """What one host answers alone."""
+    config = change(change(config, "model.max_position", 128), "data.sequence_length", 64)
+    config = change(change(config, "evaluation.samples", 3), "evaluation.max_new_tokens", 8)
+    config = change(change(change(config, "mesh", Mesh(data=2)), "schedule.warmup_steps", 0), "steps", 1)
+    moved = change(config, "run_dir", str(tmp_path / "moved"))
+    run(config)
+    run_on(moved, tmp_path, hosts=2, devices=1)
+    alone, shared = (Path(each.run_dir, "samples.jsonl").read_text() for each in (config, moved))
+    assert shared == alone and len(alone.splitlines()) == 3
+
+
 @pytest.mark.slow
 def test_four_hosts_then_two(config, change, tmp_path):
     config = change(config, "mesh", Mesh(data=4))
