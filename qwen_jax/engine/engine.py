@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 
 from qwen_jax import sharding
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.packing import MOST_PIECES, Capacity, Packing, Wanted, allowed
+from qwen_jax.engine.packing import MOST_PIECES, Capacity, Packing, Wanted, allowed, row_multiple
 from qwen_jax.engine.pages import Pages
 from qwen_jax.engine.request import MAX_LOGPROBS, Request, Token
 from qwen_jax.engine.scheduler import Row, Scheduler
@@ -113,8 +112,7 @@ class Engine:
         with jax.set_mesh(mesh):
             self.config = dataclasses.replace(config, num_kv_heads=kv_heads(config.num_kv_heads))
             self._params = repeat_kv_heads(params)
-            # XLA on CPU multiplies one row of bfloat16 some ten times slower than two.
-            least = math.lcm(sharding.axis_size(sharding.ROWS), 2 if config.dtype == "bfloat16" else 1)
+            least = row_multiple(config.dtype)
             padding_costs = sharding.platform() == "cpu"
             self._make_cache = functools.partial(make_cache, config, num_pages, size, int8=capacity.int8)
             self._cache = self._make_cache()

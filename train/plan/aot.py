@@ -51,7 +51,7 @@ def compile_here(config: TrainConfig, topology: Topology) -> tuple[Compiled, str
         if unrolled(config, mesh):
             state, kept = jax.eval_shape(model.unstack_layers, (state, kept))
         lowered, start = step.lower(state, batch, kept), time.perf_counter()
-        peak, text = peak_of(lowered, beside=phases.size((state, kept)))
+        peak, text = peak_of(lowered, beside=phases.held(config, state, kept))
         more = phases.lowered(config, state, kept) if isinstance(config.objective, Online) else {}
         peaks = {name: peak_of(program, beside=held)[0] for name, (program, held) in more.items()}
         worst = max([peak, *peaks.values()])

@@ -11,14 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax import model
+from qwen_jax.engine.packing import row_multiple
 from qwen_jax.engine.steps import Inputs, compute
+from qwen_jax.errors import UserError
 from qwen_jax.ops.pages import Rows, kv_heads
+from qwen_jax.weights.source import read_config
 from train import critic, objectives
 from train.adapter import Frozen
 from train.config import TrainConfig
 from train.feed import abstract_batch
 from train.player import capacity
 from train.reinforcement import PPO, Online
+from train.rewards.config import RewardModel
 from train.sampling import along_tensor, engines_mesh, prepare
 from train.step import State
 
@@ -30,7 +34,7 @@ def lowered(config: TrainConfig, state: State, kept: Frozen) -> dict[str, tuple[
     the engine, all rows decode; "look" is what model, reference and critic say of a micro-batch; "critic" is its step.
     """
     assert isinstance(config.objective, Online)
-    everything = size((state, kept))
+    everything = held(config, state, kept)
     rollout, own = _rollout(config, state, kept)
     found = {"rollout": (rollout, everything + own)}
     batch = abstract_batch(config)
@@ -42,6 +46,25 @@ def lowered(config: TrainConfig, state: State, kept: Frozen) -> dict[str, tuple[
         alone = State(state.step, *state.critic)
         found["critic"] = critic.value_step(config).lower(alone, batch), everything
     return found
+
+
+def held(config: TrainConfig, state: State, kept: Frozen) -> int:
+    """Bytes of one device that a run never lets go of: its state, what is beside it, and reward models.
+
+    Those that are not there yet count as models of the policy's shape.
+    """
+    rewards = config.objective.rewards if isinstance(config.objective, Online) else ()
+    return size((state, kept)) + sum(
+        _judge(config, each.source.path) for each in rewards if isinstance(each.source, RewardModel)
+    )
+
+
+def _judge(config: TrainConfig, path: str) -> int:
+    try:
+        shape = read_config(path)
+    except UserError:
+        shape = config.model_config
+    return size(model.abstract(dataclasses.replace(shape, param_dtype=shape.dtype)))
 
 
 def size(tree: Any) -> int:
@@ -70,7 +93,8 @@ def _rollout(config: TrainConfig, state: State, kept: Frozen) -> tuple[jax.stage
         assert room.cache_tokens and room.max_length
         cache = jax.eval_shape(lambda: model.make_cache(shape, room.cache_tokens // room.page_size, room.page_size))
         ints = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)
-        count, width = room.max_rows, -(-room.max_length // room.page_size)
+        least, width = row_multiple(shape.dtype), -(-room.max_length // room.page_size)
+        count = -(-room.max_rows // least) * least
         rows = Rows(lengths=ints(count), table=ints(count, width), counts=ints(count), width=1)
         shape = dataclasses.replace(shape, num_kv_heads=kv_heads(shape.num_kv_heads))
         inputs = Inputs(rows=rows, places=ints(count))

@@ -6,17 +6,25 @@ import dataclasses
 import importlib.util
 import json
 
+import jax
 import pytest
 
-from qwen_jax import bindings
+from qwen_jax import bindings, model
+from qwen_jax.config import Score
 from qwen_jax.errors import ConfigError, FileError
+from qwen_jax.sharding import make_mesh
+from tests.published import publish
+from train.adapter import NOTHING
 from train.config import Mesh
+from train.data.config import Prompts, TokenizerFile
 from train.plan import __main__ as command
 from train.plan import compiled as compiled_module
-from train.plan import page
+from train.plan import page, phases
 from train.plan.chips import CHIPS
 from train.plan.compiled import compile_step
 from train.plan.topology import parse
+from train.reinforcement import PPO, Rollout
+from train.rewards.config import RewardModel, RewardSource
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
@@ -41,6 +49,46 @@ def test_a_step_compiled_for_four_chips(small, tmp_path, capsys):
     assert plan["memory"]["peak"] < plan["memory"]["limit"]
     assert plan["estimate"]["compute"] > 0 and "all-gather" in {each["kind"] for each in plan["collectives"]}
     assert (tmp_path / "hlo").read_text().startswith("HloModule jit_train_step")
+
+
+@pytest.fixture
+def ppo(small):
+    """On completions, judged by a reward model that is not there yet."""
+    data = dataclasses.replace(
+        small.data, source=Prompts(path="x", chat=False), tokenizer=TokenizerFile(path="x"), held_out=0.0
+    )
+    rewards = (RewardSource(source=RewardModel(path="runs/none")),)
+    objective = PPO(rewards=rewards, rollout=Rollout(completions=2, max_new_tokens=8, tensor=2, max_rows=3))
+    return dataclasses.replace(small, data=data, objective=objective)
+
+
+@needs_libtpu
+def test_each_phase_of_an_episode_is_compiled(ppo):
+    """A rollout holds an engine's weights and cache beside all that is there in any phase."""
+    found = compile_step(ppo, parse("v5e:2x2")).phases
+    shape, rows, tokens = ppo.model_config, 3, 32  # of a page, which a row of 17 has one of
+    cache = 4 * 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * rows * tokens / 2
+    weights = 4 * shape.num_parameters / 2
+    # Policy and critic with their moments, the reference and the reward model.
+    always = 4 * (3 + 3 + 1 + 1) * shape.num_parameters / 4
+    assert found.keys() == {"step", "rollout", "look", "critic"}
+    assert min(found.values()) > always and found["rollout"] > always + weights + cache
+
+
+def test_a_reward_model_counts_wherever_it_is(ppo, tmp_path):
+    """With its own shape once it is there, and until then with that of the policy."""
+    larger = dataclasses.replace(ppo.model_config, num_layers=2, mlp_width=64, score=Score(labels=1, hidden=False))
+    publish(tmp_path / "judge", larger, "qwen2")
+
+    def held(*paths):
+        rewards = tuple(RewardSource(source=RewardModel(path=str(path))) for path in paths)
+        objective = dataclasses.replace(ppo.objective, rewards=rewards)
+        return phases.held(dataclasses.replace(ppo, objective=objective), None, NOTHING)
+
+    with jax.set_mesh(make_mesh(fsdp=4, devices=jax.devices()[:4])):
+        bytes_of = lambda shape: phases.size(model.abstract(shape))
+        assert held(tmp_path / "none") == bytes_of(ppo.model_config)
+        assert held("none", tmp_path / "judge") == bytes_of(ppo.model_config) + bytes_of(larger)
 
 
 @needs_libtpu
