@@ -24,7 +24,7 @@ CONFIGS = ROOT / "configs" / "demo"
 EXPORT = "runs/demo/sft/export"
 IN_FORM = 0.95  # of the answers
 COMPARED, NEW_TOKENS = 8, 200  # prompts that transformers answers too, and tokens of an answer
-SAMPLES = 4  # answers to each test problem
+SAMPLES = {"base": 1, "sft": 4}  # answers to each test problem; the base goes on until it is cut
 UNFORMED, RIGHT = ("no final answer", "cut at max_new_tokens", "empty"), ("duplicate",)  # of what the report drops
 
 
@@ -43,12 +43,12 @@ def check(folder: Path, test: Path, model: str, name: str) -> tuple[float, float
         "input": str(test),
         "output": f"runs/demo/{name}-right.jsonl",
         "model.path": model,
-        "stage.samples": SAMPLES,
+        "stage.samples": SAMPLES[name],
     }
     bound = [f"{path}={json.dumps(value)}" for path, value in values.items()]
     command(folder, "train.data.synthesis", str(CONFIGS / "check.gin"), "--set", *bound)
     report = json.loads((folder / f"runs/demo/{name}-right.jsonl.report.json").read_text())
-    count, dropped = report["rows in"] * SAMPLES, report["dropped"]
+    count, dropped = report["rows in"] * SAMPLES[name], report["dropped"]
     unformed, right = (sum(dropped.get(reason, 0) for reason in of) for of in (UNFORMED, RIGHT))
     return 1 - unformed / count, (report["rows out"] + right) / count
 
