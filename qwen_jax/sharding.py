@@ -102,7 +102,7 @@ def _rings(size: int, device_kind: str) -> tuple[int, ...]:
 def axis_size(axis: Axis) -> int:
     """How many ways `axis` of the current mesh splits a dimension."""
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[name] for name in _names(axis))
+    return math.prod(shape[name] for name in names_of(axis))
 
 
 def platform() -> str:
@@ -148,7 +148,7 @@ def weight(letters: str, shape: Sequence[int]) -> P:
     fsdp takes the first of vocabulary, mlp width and width that it divides: what a device holds is then one run of
     rows wherever that is possible, and neither a gather nor a scatter has to turn anything around.
     """
-    axes = [_names(axis) for axis in gathered(letters, shape)]
+    axes = [names_of(axis) for axis in gathered(letters, shape)]
     for i, letter in enumerate(letters):
         if letter in "vfd" and shape[i] % axis_size((*axes[i], "fsdp")) == 0:
             axes[i] = (*axes[i], "fsdp")
@@ -208,15 +208,16 @@ def scatter(gradient: jax.Array, letters: str) -> jax.Array:
 
 def fsdp_dimension(spec: P) -> int | None:
     """The dimension that fsdp splits, if any."""
-    return next((i for i, axis in enumerate(spec) if "fsdp" in _names(axis)), None)
+    return next((i for i, axis in enumerate(spec) if "fsdp" in names_of(axis)), None)
 
 
 def whole_along_fsdp(spec: P) -> P:
     """A way to split, without the axis fsdp."""
-    return P(*(tuple(name for name in _names(axis) if name != "fsdp") for axis in spec))
+    return P(*(tuple(name for name in names_of(axis) if name != "fsdp") for axis in spec))
 
 
-def _names(axis: Axis) -> tuple[str, ...]:
+def names_of(axis: Axis) -> tuple[str, ...]:
+    """The mesh axes that split a dimension, as an entry of a PartitionSpec has them."""
     return (axis,) if isinstance(axis, str) else axis or ()
 
 

@@ -54,12 +54,21 @@ def together(work: Callable[[], T]) -> list[T]:
     try:
         mine: tuple[Any, Exception | None] = work(), None
     except Exception as error:
-        mine = None, error
+        mine = None, _sendable(error)
     found = [pickle.loads(each) for each in _gathered(pickle.dumps(mine))]
     for _, error in found:
         if error is not None:
             raise error
     return [value for value, _ in found]
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or one that says the same where it cannot be sent: the others would wait for ever."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _gathered(mine: bytes) -> list[bytes]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from qwen_jax import sharding
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import Capacity, Engine, Replicas
 from qwen_jax.errors import ConfigError
@@ -57,8 +58,8 @@ class Follower:
         self._config = dataclasses.replace(config, param_dtype=config.dtype)
         self._num_tokens, self._capacity = num_tokens, capacity
         self._trained_on, self._all = mesh, engines_mesh(mesh, config, tensor)
-        grid, here = self._all.devices, jax.process_index()
-        self._meshes = [self._own(row[None]) for row in grid if row.flat[0].process_index == here]
+        meshes = (engine_mesh(self._all, number) for number in range(self._all.shape["data"]))
+        self._meshes = [own for own in meshes if own.devices.flat[0].process_index == jax.process_index()]
         self._ready = prepare(config, adapter)
         self._engines: list[Engine] = []
 
@@ -89,9 +90,6 @@ class Follower:
             for engine in self._engines:
                 engine.release()
 
-    def _own(self, grid: np.ndarray) -> Mesh:
-        return Mesh(grid, self._all.axis_names, axis_types=self._all.axis_types)
-
 
 def engines_mesh(mesh: Mesh, config: ModelConfig, tensor: int | None) -> Mesh:
     """The devices of a mesh with one engine after the other along `data`, and what an engine has along `tensor`.
@@ -120,21 +118,26 @@ def engines_mesh(mesh: Mesh, config: ModelConfig, tensor: int | None) -> Mesh:
     return Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)
 
 
+def engine_mesh(mesh: Mesh, number: int) -> Mesh:
+    """The devices of one of the engines of `engines_mesh`."""
+    return Mesh(mesh.devices[number : number + 1], mesh.axis_names, axis_types=mesh.axis_types)
+
+
 def along_tensor(x: Any, mesh: Mesh) -> jax.NamedSharding:
     """How a parameter of a type is split on the mesh of the engines: along `tensor` where it was and can be."""
-    ways = mesh.shape["tensor"]
-    names = [(axis,) if isinstance(axis, str) else axis or () for axis in x.sharding.spec]
-    is_split = [
-        "tensor" in of_axis and size % ways == 0 for of_axis, size in zip(names, x.shape[: len(names)], strict=True)
-    ]
-    return jax.NamedSharding(mesh, jax.P(*("tensor" if split else None for split in is_split)))
+    ways, spec = mesh.shape["tensor"], x.sharding.spec
+    axes = (
+        "tensor" if "tensor" in sharding.names_of(axis) and size % ways == 0 else None
+        for axis, size in zip(spec, x.shape[: len(spec)], strict=True)
+    )
+    return jax.NamedSharding(mesh, jax.P(*axes))
 
 
 def _part(x: jax.Array, mesh: Mesh) -> jax.Array:
     """The copy of an array that the devices of one engine have, which is theirs already."""
     parts = {shard.device: shard.data for shard in x.addressable_shards}
-    sharding = jax.NamedSharding(mesh, x.sharding.spec)
-    return jax.make_array_from_single_device_arrays(x.shape, sharding, [parts[d] for d in mesh.devices.flat])
+    split = jax.NamedSharding(mesh, x.sharding.spec)
+    return jax.make_array_from_single_device_arrays(x.shape, split, [parts[d] for d in mesh.devices.flat])
 
 
 def prepare(config: ModelConfig, adapter: LoRA | None) -> Callable[[Params, Frozen], Params]:

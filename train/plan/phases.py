@@ -23,7 +23,7 @@ from train.feed import abstract_batch
 from train.player import capacity
 from train.reinforcement import PPO, Online
 from train.rewards.config import RewardModel
-from train.sampling import along_tensor, engines_mesh, prepare
+from train.sampling import along_tensor, engine_mesh, engines_mesh, prepare
 from train.step import State
 
 
@@ -83,7 +83,7 @@ def _rollout(config: TrainConfig, state: State, kept: Frozen) -> tuple[jax.stage
     """A step of an engine on its devices, and the bytes of its weights and cache."""
     assert isinstance(config.objective, Online)
     mesh = engines_mesh(jax.sharding.get_mesh(), config.model_config, config.objective.rollout.tensor)
-    own = jax.sharding.Mesh(mesh.devices[:1], mesh.axis_names, axis_types=mesh.axis_types)
+    own = engine_mesh(mesh, 0)
     room = capacity(config, config.data.sequence_length + 1, mesh.shape["data"])
     shape = dataclasses.replace(config.model_config, param_dtype=config.model_config.dtype)
     params = jax.eval_shape(prepare(shape, config.adapter), state.params, Frozen(base=kept.base))
