@@ -3,8 +3,7 @@
     python benchmarks/rollout_cpu.py            # REDUCED=1 in the environment: a tiny model, to see that all sides run
 
 Random weights hardly ever end a text, so every completion is as long as it may be. Both sides begin with the same
-folder, in float32, without a reference model, and are rewarded by a function in Python. Beside the extra `parity` this
-needs `pip install trl datasets`.
+folder, in float32, without a reference model, and are rewarded by a function in Python.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ def ours() -> dict[str, float]:
         data=Data(
             source=Prompts(path=str(PROMPTS), chat=False),
             tokenizer=TokenizerFile(path=str(MODEL)),
-            sequence_length=PROMPT + NEW + 8,
+            sequence_length=PROMPT + NEW,
             held_out=0.0,
         ),
         objective=GRPO(

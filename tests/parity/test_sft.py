@@ -1,4 +1,4 @@
-"""A step of supervised fine-tuning as transformers' Trainer takes it: the same loss and gradient, however it is cut."""
+"""A step of supervised fine-tuning as transformers' and TRL's trainers take it: loss and gradient, however it is cut."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from qwen_jax.weights.load import load_params
 from qwen_jax.weights.source import open_model
@@ -69,10 +70,40 @@ def padded(ids, labels):
     return dict(input_ids=pad(ids, 0), labels=pad(labels, IGNORED), attention_mask=pad(np.ones_like(ids), 0))
 
 
-def theirs(net, folder, micro_batches):
-    """Loss and norm of the gradient of one step of the Trainer."""
+def transformers_trainer(net, **arguments):
+    """The kind of trainer, and what it is made with."""
+    return transformers.Trainer, dict(model=net, args=transformers.TrainingArguments(**arguments)), padded
 
-    class Trainer(transformers.Trainer):
+
+def trl_trainer(net, **arguments):
+    """The same of TRL, which pads by itself."""
+    pytest.importorskip("datasets", reason="TRL needs it: pip install -e '.[parity]'")
+    trl = pytest.importorskip("trl", reason="the oracle: pip install -e '.[parity]'")
+    from datasets import Dataset
+
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(tiny_tokenizer().to_bytes().decode()),
+        eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+    )  # fmt: skip
+    plain = lambda ids, labels: dict(input_ids=ids.tolist(), labels=labels.tolist())
+    own = trl.SFTConfig(**arguments, bf16=False, max_length=LENGTH)
+
+    class Trainer(trl.SFTTrainer):
+        def __init__(self, train_dataset, **made):
+            super().__init__(train_dataset=Dataset.from_list(train_dataset), **made)
+
+    return Trainer, dict(model=net, args=own, processing_class=tokenizer), plain
+
+
+def theirs(net, folder, micro_batches, kind=transformers_trainer):
+    """Loss and norm of the gradient of one step of a trainer."""
+    trainer_class, made, row = kind(
+        net, output_dir=str(folder / "trainer"), max_steps=1, per_device_train_batch_size=len(micro_batches[0]),
+        gradient_accumulation_steps=len(micro_batches), max_grad_norm=1e9, learning_rate=0.0, logging_steps=1,
+        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+
+    class Trainer(trainer_class):
         total = 0.0
 
         def _get_train_sampler(self, *_):
@@ -83,12 +114,7 @@ def theirs(net, folder, micro_batches):
             self.total += loss.item()
             return loss
 
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder / "trainer"), max_steps=1, per_device_train_batch_size=len(micro_batches[0]),
-        gradient_accumulation_steps=len(micro_batches), max_grad_norm=1e9, learning_rate=0.0, logging_steps=1,
-        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
-    trainer = Trainer(net, arguments, train_dataset=[padded(*chat) for micro in micro_batches for chat in micro])
+    trainer = Trainer(train_dataset=[row(*chat) for micro in micro_batches for chat in micro], **made)
     trainer.train()
     return trainer.total, trainer.state.log_history[0]["grad_norm"]
 
@@ -127,9 +153,10 @@ def stepper(folder, objective=LM()):  # noqa: B008
     return take
 
 
-def test_a_step_of_two_uneven_micro_batches(make_net, tmp_path):
+@pytest.mark.parametrize("kind", [transformers_trainer, trl_trainer])
+def test_a_step_of_two_uneven_micro_batches(make_net, tmp_path, kind):
     net, folder = make_net("tied")
-    expected = theirs(net, tmp_path, MICRO_BATCHES)
+    expected = theirs(net, tmp_path, MICRO_BATCHES, kind)
     take = stepper(folder)
     alone = [rows(micro, packed=False) for micro in MICRO_BATCHES]
     packed = [rows(micro, packed=True) for micro in MICRO_BATCHES]

@@ -107,10 +107,18 @@ class Judge(contextlib.AbstractContextManager):
 
 
 def _shared(source: Source, samples: Sequence[Sample]) -> Verdicts:
-    """What a source says, of which each host asks for a share."""
-    own = samples[hosts.share(len(samples))]
+    """What a source says, of which each host asks for a share; a prompt's completions stay together."""
+    own = hosts.share(len(samples))
+    own = samples[_begin(samples, own.start) : _begin(samples, own.stop)]
     found = hosts.together(lambda: source(own) if own else Verdicts(np.zeros(0), Counter()))
     return Verdicts(np.concatenate([each.values for each in found]), sum((each.failures for each in found), Counter()))
+
+
+def _begin(samples: Sequence[Sample], place: int) -> int:
+    """Where the completions of a prompt begin that a place is among."""
+    while 0 < place < len(samples) and samples[place].prompt == samples[place - 1].prompt:
+        place -= 1
+    return place
 
 
 def _is_model(source: Verifier | Function | RewardModel) -> bool:

@@ -55,6 +55,21 @@ def test_rewards_are_summed_by_weight_and_kept_apart(tmp_path):
     assert parts["math_2"].tolist() == [0, 1, 1] and failures == {"reward: gave None": 1} and len(warnings) == 1
 
 
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_host_judges_all_completions_of_a_prompt(monkeypatch, tmp_path, count):
+    (tmp_path / "f.py").write_text("def reward(completions, **_): return [len(completions)] * len(completions)")
+    asked = [each for prompt in "abc" for each in samples("1", "2", "3", "4", prompt=prompt)]
+    seen, hosts = [], judge_module.hosts
+    for host in range(count):
+        own = slice(len(asked) * host // count, len(asked) * (host + 1) // count)
+        monkeypatch.setattr(hosts, "share", lambda _, own=own: own)
+        with judge(Function(path=str(tmp_path / "f.py"))) as judged:
+            (found,) = judged(asked).parts.values()
+        seen += found.tolist()
+        assert len(found) % 4 == 0 and set(found.tolist()) <= {len(found)}
+    assert len(seen) == len(asked)
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_what_is_right_outranks_all_that_is_wrong(monkeypatch, order):
     scores = np.array([0.0, 8.0, -1e6, 1e6, math.nan])
