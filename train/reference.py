@@ -52,16 +52,16 @@ def attach(
         report(f"reference: what it says of {sum(rows[name].num_rows for name in missing):,} rows is computed once")
         params, compute = load(), objectives.log_probs(config)
         for name in missing:
-            _make(config, rows[name], paths[name], lambda batch: compute(params, batch))
-        hosts.together(lambda: None)  # the files are there
+            hosts.together(lambda name=name: _make(config, rows[name], paths[name], lambda x: compute(params, x)))
     for name, path in paths.items():
         rows[name].reference = np.load(path, mmap_mode="r")
 
 
 def _make(config: TrainConfig, rows: Rows, path: Path, compute: Callable[[objectives.Batch], jax.Array]) -> None:
     """Writes the file, whole or not at all; what it holds is computed by all hosts."""
+    said = _said(config, rows, compute)
     if jax.process_index():
-        collections.deque(_said(config, rows, compute), maxlen=0)
+        collections.deque(said, maxlen=0)
         return
     temporary = path.with_suffix(".partial")
     try:
@@ -70,12 +70,14 @@ def _make(config: TrainConfig, rows: Rows, path: Path, compute: Callable[[object
             shape = (rows.num_rows, config.data.sequence_length)
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            for found in _said(config, rows, compute):
+            for found in said:
                 file.write(found.tobytes())
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
     except OSError as error:
+        if jax.process_count() > 1:  # the others compute what is left together with this one, and hear of it then
+            collections.deque(said, maxlen=0)
         raise FileError(f"cannot write {path}: {error.strerror}; make room") from error
 
 

@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 
 from infer.__main__ import main as infer
+from qwen_jax import bindings
 from qwen_jax.config import Score
-from qwen_jax.errors import SAVED_PLEASE_RESTART, ConfigError, ModelError
+from qwen_jax.errors import SAVED_PLEASE_RESTART, ConfigError, FileError, ModelError
 from qwen_jax.weights import convert
 from qwen_jax.weights.source import open_model
 from tests.published import publish
 from tests.train.conftest import record
+from tests.train.test_hosts import TIMEOUT, forget, run_on, started
 from tests.train.test_run import final_arrays, run, when_step
 from train.alignment import DPO, Reward
-from train.config import LoRA, Pretrained
+from train.config import LoRA, Mesh, Pretrained
 from train.data import Preferences, show
 from train.data.config import TokenizerFile
 
@@ -98,8 +100,6 @@ def test_what_compares_begins_with_weights(pairs):
 
 
 def test_rows_of_pairs_are_shown(pairs, tmp_path, capsys):
-    from qwen_jax import bindings
-
     (tmp_path / "a.gin").write_text(bindings.render(pairs))
     assert show.main([str(tmp_path / "a.gin"), "--rows", "1"]) == 0
     out = capsys.readouterr().out
@@ -124,3 +124,21 @@ def test_a_reference_computed_before_is_the_one_computed_on_the_way(pairs, chang
     assert run(before) == 0
     for one, other in zip(record(before), record(live), strict=True):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
+def test_two_hosts_compute_a_reference_and_both_end_where_it_cannot_be_written(pairs, change, tmp_path):
+    config = dataclasses.replace(change(pairs, "mesh", Mesh(data=2)), objective=DPO(reference="precomputed"))
+    moved = change(config, "run_dir", str(tmp_path / "moved"))
+    assert run(config) == 0
+    run_on(moved, tmp_path, hosts=2, devices=1)
+    assert record(moved) == record(config)
+    for path in (tmp_path / "moved" / "reference").glob("*.npy"):
+        path.unlink()
+        path.with_suffix(".partial").mkdir()  # where the file would be written
+    forget(moved, 4)
+    file = tmp_path / "again.gin"
+    file.write_text(bindings.render(moved))
+    with started(file, hosts=2, devices=1) as processes:
+        for process in processes:
+            _, errors = process.communicate(timeout=TIMEOUT)
+            assert process.returncode == FileError.exit_code and "cannot write" in errors, errors
