@@ -15,12 +15,15 @@ from tests.conftest import tiny_config
 from tests.published import publish
 from train.__main__ import main as train
 from train.config import TrainConfig
+from train.data.config import Prompts
+from train.reinforcement import GRPO
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 CONFIG = next(text for _, text in BLOCKS if text.startswith("run_dir"))
 STAGE = next(text for _, text in BLOCKS if text.startswith("stages."))
+ALIGN = next(text for _, text in BLOCKS if "@GRPO" in text)
 LINES = [line for _, text in BLOCKS for line in text.splitlines()]
 
 
@@ -41,6 +44,15 @@ def test_the_config_is_one(tmp_path):
     assert (first, last.data.sequence_length) == (config, 32768)
 
 
+def test_the_config_of_reinforcement_learning_is_one(tmp_path, monkeypatch):
+    publish(tmp_path / "runs" / "sft", tiny_config(max_position=8192), "qwen2")
+    monkeypatch.chdir(tmp_path)
+    rest = [line for line in CONFIG.splitlines() if not line.startswith(("model", "data.source"))]
+    (tmp_path / "mine.gin").write_text("\n".join(rest) + "\n" + ALIGN)
+    config, _ = bindings.resolve(TrainConfig, bindings.read(tmp_path / "mine.gin"))
+    assert isinstance(config.objective, GRPO) and isinstance(config.data.source, Prompts)
+
+
 def test_the_config_of_a_longer_run_is_one(tmp_path, monkeypatch):
     text = (ROOT / "docs" / "long-context.md").read_text()
     (tmp_path / "mine.gin").write_text(CONFIG)
@@ -55,6 +67,7 @@ def test_the_config_of_a_longer_run_is_one(tmp_path, monkeypatch):
 def test_train_takes_its_commands(words, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.gin").write_text(CONFIG)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    publish(tmp_path / "runs" / "sft_qwen2.5", tiny_config(max_position=8192), "qwen2")
     monkeypatch.chdir(tmp_path)
     assert train([*words, *(() if "--print" in words else ("--print",))]) == 0
     assert "run_dir" in capsys.readouterr().out
@@ -70,7 +83,7 @@ def test_infer_takes_its_commands(words):
     parse(words)
 
 
-@pytest.mark.parametrize("name", ["convert", "verify"])
+@pytest.mark.parametrize("name", ["convert", "merge", "verify"])
 def test_weights_commands_parse(name):
     module = importlib.import_module(f"qwen_jax.weights.{name}")
     for words in commands(f"python -m qwen_jax.weights.{name}"):
