@@ -1,4 +1,4 @@
-"""A step of supervised fine-tuning as transformers' and TRL's trainers take it: loss and gradient, however it is cut."""
+"""A step of supervised fine-tuning as the trainers of transformers and TRL take it, however it is cut."""
 
 from __future__ import annotations
 
