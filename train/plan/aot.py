@@ -42,6 +42,7 @@ def main() -> int:
 
 def compile_here(config: TrainConfig, topology: Topology) -> tuple[Compiled, str]:
     """The compiled step, and its text."""
+    config = phases.with_critic(config)
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices(topology))
     with jax.set_mesh(mesh):
         _, optimizer, step = configured(config)

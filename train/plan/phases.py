@@ -13,7 +13,7 @@ import numpy as np
 from qwen_jax import model
 from qwen_jax.engine.packing import row_multiple
 from qwen_jax.engine.steps import Inputs, compute
-from qwen_jax.errors import UserError
+from qwen_jax.errors import FileError, UserError
 from qwen_jax.ops.pages import Rows, kv_heads
 from qwen_jax.weights.source import read_config
 from train import critic, objectives
@@ -25,6 +25,18 @@ from train.reinforcement import PPO, Online
 from train.rewards.config import RewardModel
 from train.sampling import along_tensor, engine_mesh, engines_mesh, prepare
 from train.step import State
+
+
+def with_critic(config: TrainConfig) -> TrainConfig:
+    """The run; a critic that is not there yet counts as one of the policy's shape."""
+    if not (isinstance(config.objective, PPO) and config.objective.critic.model):
+        return config
+    try:
+        read_config(config.objective.critic.model)
+    except FileError:
+        fresh = dataclasses.replace(config.objective.critic, model=None)
+        return dataclasses.replace(config, objective=dataclasses.replace(config.objective, critic=fresh))
+    return config
 
 
 def lowered(config: TrainConfig, state: State, kept: Frozen) -> dict[str, tuple[jax.stages.Lowered, int]]:

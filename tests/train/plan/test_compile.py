@@ -23,7 +23,7 @@ from train.plan import page, phases
 from train.plan.chips import CHIPS
 from train.plan.compiled import compile_step
 from train.plan.topology import parse
-from train.reinforcement import PPO, Rollout
+from train.reinforcement import PPO, Critic, Rollout
 from train.rewards.config import RewardModel, RewardSource
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
@@ -53,12 +53,13 @@ def test_a_step_compiled_for_four_chips(small, tmp_path, capsys):
 
 @pytest.fixture
 def ppo(small):
-    """On completions, judged by a reward model that is not there yet."""
+    """On completions, judged by a reward model that is not there yet, and that the critic begins with."""
     data = dataclasses.replace(
         small.data, source=Prompts(path="x", chat=False), tokenizer=TokenizerFile(path="x"), held_out=0.0
     )
     rewards = (RewardSource(source=RewardModel(path="runs/none")),)
-    objective = PPO(rewards=rewards, rollout=Rollout(completions=2, max_new_tokens=8, tensor=2, max_rows=3))
+    rollout = Rollout(completions=2, max_new_tokens=8, tensor=2, max_rows=3)
+    objective = PPO(rewards=rewards, rollout=rollout, critic=Critic(model="runs/none"))
     return dataclasses.replace(small, data=data, objective=objective)
 
 
