@@ -1,6 +1,6 @@
 """Near duplicates among 5,000 documents, ours beside datatrove's and datasketch's: what is found, and how fast.
 
-    pip install -e '.[corpus]' datasketch xxhash
+    pip install -e '.[corpus]' datasketch 'xxhash<4'
     python benchmarks/minhash.py [--documents 5000] [--rounds 3]
 
 The documents are pieces of the Python standard library and, of half of them, copies in which words are replaced: from
@@ -38,6 +38,7 @@ SETTINGS = MinHash(ngram=NGRAM, bands=BANDS, rows=ROWS)
 THRESHOLD = 0.8
 WORDS = (100, 400)  # of a document
 Pairs = set[tuple[int, int]]
+Grams = set[tuple[str, ...]]
 
 
 def main() -> int:
@@ -47,7 +48,8 @@ def main() -> int:
     options = parser.parse_args()
     require("datatrove", "datasketch", "xxhash")
     texts, families = planted(options.documents)
-    similarity = exact(texts, families)
+    grams = [set(zip(*(text.split()[i:] for i in range(NGRAM)), strict=False)) for text in texts]
+    similarity = exact(grams, families)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     print(
         f"{len(texts)} documents, {megabytes:.1f} MB, {len(similarity)} labelled pairs; {NGRAM}-grams, {BANDS} x {ROWS}"
@@ -63,7 +65,7 @@ def main() -> int:
         f"\n| | recall at J >= {THRESHOLD} | at the band's curve | precision | documents/s | MB/s |\n"
         "|---|---|---|---|---|---|"
     )
-    rows = {name: measure(pairs, similarity) for name, pairs in found.items()}
+    rows = {name: measure(pairs, similarity, grams) for name, pairs in found.items()}
     speed = {name: len(texts) / min(each) for name, each in seconds.items()}
     for name, (recall, expected, precision) in rows.items():
         rate = f"{speed[name]:.0f} | {speed[name] * megabytes / len(texts):.2f}"
@@ -111,9 +113,8 @@ def planted(count: int) -> tuple[list[str], list[list[int]]]:
     return [text for _, text in made], [each for each in families.values() if len(each) > 1]
 
 
-def exact(texts: Sequence[str], families: Sequence[Sequence[int]]) -> dict[tuple[int, int], float]:
-    """Jaccard similarity of the 5-grams, as strings, of all pairs that share any: an index of n-grams finds them."""
-    grams = [set(zip(*(text.split()[i:] for i in range(NGRAM)), strict=False)) for text in texts]
+def exact(grams: Sequence[Grams], families: Sequence[Sequence[int]]) -> dict[tuple[int, int], float]:
+    """Jaccard similarity of families, and of pairs that share much besides: an index of n-grams finds them."""
     pairs = {pair for family in families for pair in itertools.combinations(sorted(family), 2)}
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for number, own in enumerate(grams):
@@ -127,16 +128,22 @@ def exact(texts: Sequence[str], families: Sequence[Sequence[int]]) -> dict[tuple
     pairs |= {
         pair for pair, common in counts.items() if common >= 0.3 * min(map(len, (grams[pair[0]], grams[pair[1]])))
     }
-    return {(a, b): len(grams[a] & grams[b]) / len(grams[a] | grams[b]) for a, b in pairs}
+    return {(a, b): jaccard(grams[a], grams[b]) for a, b in pairs}
 
 
-def measure(found: Pairs, similarity: dict[tuple[int, int], float]) -> tuple[float, float, float]:
+def jaccard(one: Grams, other: Grams) -> float:
+    return len(one & other) / len(one | other)
+
+
+def measure(
+    found: Pairs, similarity: dict[tuple[int, int], float], grams: Sequence[Grams]
+) -> tuple[float, float, float]:
     """Recall of the similar pairs, recall of all less what the bands promise, precision at half the curve."""
     similar = [pair for pair, value in similarity.items() if value >= THRESHOLD]
     promised = [1 - (1 - value**ROWS) ** BANDS for value in similarity.values()]
     caught = [pair in found for pair in similarity]
     middle = (1 / BANDS) ** (1 / ROWS) - 0.15  # below, no more than one in fourteen is caught
-    right = sum(similarity.get(pair, 0.0) >= middle for pair in found)
+    right = sum(jaccard(grams[a], grams[b]) >= middle for a, b in found)
     recall = sum(pair in found for pair in similar) / len(similar)
     return recall, statistics.mean(caught) - statistics.mean(promised), right / max(1, len(found))
 
