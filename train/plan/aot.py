@@ -42,7 +42,7 @@ def main() -> int:
 
 def compile_here(config: TrainConfig, topology: Topology) -> tuple[Compiled, str]:
     """The compiled step, and its text."""
-    config = phases.with_critic(config)
+    absent, config = phases.absent(config), phases.with_critic(config)
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices(topology))
     with jax.set_mesh(mesh):
         _, optimizer, step = configured(config)
@@ -64,6 +64,7 @@ def compile_here(config: TrainConfig, topology: Topology) -> tuple[Compiled, str
         batch=phases.size(batch),
         peak=worst,
         phases={"step": peak, **peaks} if peaks else {},
+        absent=absent,
         program=hlo.read(text) if text and worst <= topology.hbm else None,
         places=places,
     )

@@ -39,6 +39,7 @@ class Compiled:
       parameters, optimizer, batch: bytes of what goes into the step.
       peak: bytes in use at the worst moment, those included; if it does not fit, what the compiler wanted.
       phases: the same of each phase of an episode, of objectives on the model's own completions.
+      absent: reward models that cannot be read yet, and were counted as of the policy's shape.
       program: what it does; None if it needs more memory than a device has.
       places: slice number and coordinates of each device of the mesh, in its order.
     """
@@ -51,6 +52,7 @@ class Compiled:
     program: Program | None
     places: list[tuple[int, ...]]
     phases: dict[str, int] = dataclasses.field(default_factory=dict)
+    absent: list[str] = dataclasses.field(default_factory=list)
 
 
 def versions() -> str:

@@ -41,6 +41,7 @@ def as_json(config: TrainConfig, topology: Topology, compiled: Compiled, prefix:
         "fits": compiled.program is not None,
         "advice": advice.to_fit(config, topology, compiled, prefix),
         "compile_seconds": compiled.seconds,
+        "absent": compiled.absent,
     }
     if compiled.program is None:
         return out
@@ -109,6 +110,8 @@ def _memory(config: TrainConfig, topology: Topology, compiled: Compiled) -> Iter
         yield f"  {kind:<14}{size / GIB:>8.2f}  {notes.get(kind, '')}".rstrip()
     for name, size in compiled.phases.items():
         yield f"  at most in {name:<10}{size / GIB:>5.2f}"
+    for path in compiled.absent:
+        yield f"  {path} is not there yet, and counts as a model of the policy's shape"
     part = compiled.peak / topology.hbm
     filled = min(_BAR, round(part * _BAR))
     bar = "#" * filled + "." * (_BAR - filled)

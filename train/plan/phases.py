@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -11,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax import model
+from qwen_jax.config import ModelConfig
 from qwen_jax.engine.packing import row_multiple
 from qwen_jax.engine.steps import Inputs, compute
-from qwen_jax.errors import FileError, UserError
+from qwen_jax.errors import UserError
 from qwen_jax.ops.pages import Rows, kv_heads
 from qwen_jax.weights.source import read_config
 from train import critic, objectives
@@ -27,16 +29,22 @@ from train.sampling import along_tensor, engine_mesh, engines_mesh, prepare
 from train.step import State
 
 
+def absent(config: TrainConfig) -> list[str]:
+    """The reward models of a run, one that its critic begins with among them, that cannot be read yet."""
+    if not isinstance(config.objective, Online):
+        return []
+    named = [each.source.path for each in config.objective.rewards if isinstance(each.source, RewardModel)]
+    if isinstance(config.objective, PPO) and config.objective.critic.model:
+        named.append(config.objective.critic.model)
+    return [path for path in dict.fromkeys(named) if _shape(path) is None]
+
+
 def with_critic(config: TrainConfig) -> TrainConfig:
     """The run; a critic that is not there yet counts as one of the policy's shape."""
-    if not (isinstance(config.objective, PPO) and config.objective.critic.model):
+    if not (isinstance(config.objective, PPO) and config.objective.critic.model in absent(config)):
         return config
-    try:
-        read_config(config.objective.critic.model)
-    except FileError:
-        fresh = dataclasses.replace(config.objective.critic, model=None)
-        return dataclasses.replace(config, objective=dataclasses.replace(config.objective, critic=fresh))
-    return config
+    fresh = dataclasses.replace(config.objective.critic, model=None)
+    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, critic=fresh))
 
 
 def lowered(config: TrainConfig, state: State, kept: Frozen) -> dict[str, tuple[jax.stages.Lowered, int]]:
@@ -63,7 +71,7 @@ def lowered(config: TrainConfig, state: State, kept: Frozen) -> dict[str, tuple[
 def held(config: TrainConfig, state: State, kept: Frozen) -> int:
     """Bytes of one device that a run never lets go of: its state, what is beside it, and reward models.
 
-    Those that are not there yet count as models of the policy's shape.
+    Those that are `absent` count as models of the policy's shape.
     """
     rewards = config.objective.rewards if isinstance(config.objective, Online) else ()
     return size((state, kept)) + sum(
@@ -72,11 +80,16 @@ def held(config: TrainConfig, state: State, kept: Frozen) -> int:
 
 
 def _judge(config: TrainConfig, path: str) -> int:
-    try:
-        shape = read_config(path)
-    except UserError:
-        shape = config.model_config
+    shape = _shape(path) or config.model_config
     return size(model.abstract(dataclasses.replace(shape, param_dtype=shape.dtype)))
+
+
+@functools.cache  # a name that is no folder is looked for on the hub
+def _shape(path: str) -> ModelConfig | None:
+    try:
+        return read_config(path)
+    except UserError:
+        return None
 
 
 def size(tree: Any) -> int:

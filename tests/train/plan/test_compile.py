@@ -66,7 +66,10 @@ def ppo(small):
 @needs_libtpu
 def test_each_phase_of_an_episode_is_compiled(ppo):
     """A rollout holds an engine's weights and cache beside all that is there in any phase."""
-    found = compile_step(ppo, parse("v5e:2x2")).phases
+    compiled = compile_step(ppo, parse("v5e:2x2"))
+    assert compiled.absent == ["runs/none"]
+    assert "runs/none is not there yet" in page.render(ppo, parse("v5e:2x2"), compiled, "")
+    found = compiled.phases
     shape, rows, tokens = ppo.model_config, 3, 32  # of a page, which a row of 17 has one of
     cache = 4 * 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * rows * tokens / 2
     weights = 4 * shape.num_parameters / 2
