@@ -110,10 +110,11 @@ def memory() -> None:
     whole = peak({})
     print(f"| bfloat16 | {whole / 1e9:.2f} GB | |")
     for how in HOWS[:2]:
-        for head in (False, True):
-            rounding = Rounding(table, parse(how), head=head)
+        for head, embedding in ((False, False), (True, False), (True, True)):
+            rounding = Rounding(table, parse(how), head=head, embedding=embedding)
+            more = ", head and embedding int8" if embedding else ", head int8" * head
             found = peak({name: rounding.how.of(name) for name in rounding.names})
-            print(f"| {how}{', head int8' * head} | {found / 1e9:.2f} GB | {found / whole:.3f} |", flush=True)
+            print(f"| {how}{more} | {found / 1e9:.2f} GB | {found / whole:.3f} |", flush=True)
 
 
 def times() -> None:

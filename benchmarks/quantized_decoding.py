@@ -49,6 +49,7 @@ KINDS = {
     "int8": ["--quantize", "int8"],
     "int4-g128": ["--quantize", "int4-g128"],
     "int4-g128, head int8": ["--quantize", "int4-g128", "--quantize-head"],
+    "int4-g128, head and embedding int8": ["--quantize", "int4-g128", "--quantize-head", "--quantize-embedding"],
 }
 BATCHES, PROMPT, NEW = (1, 8), 32, 24
 BAR = 0.35

@@ -60,11 +60,14 @@ def join(adapter: LoRA | None) -> Join:
 def load_frozen(config: TrainConfig, source: Model, *, unroll: bool) -> Params:
     """The parameters of the base, in the dtype that it computes in or quantised, on the current mesh.
 
-    Raises ModelError where the head is quantised: the loss takes it in chunks.
+    Raises ModelError where the head is quantised, which the loss takes in chunks, or a table that is to be trained.
     """
     params = load_params(source, dtype=config.model_config.dtype, stacked=not unroll)
-    if isinstance(params.get("head", {}).get("w"), Quantized):
+    if not config.model_config.score and isinstance(model.head(params), Quantized):
         raise ModelError(f"{source.path} has a quantised head, and training wants it whole; take one without")
+    trained = _tables_of(params, config.adapter) if config.adapter else []
+    if any(isinstance(params[name]["w"], Quantized) for name in trained):
+        raise ModelError(f"{source.path} has a quantised embedding, and train_embeddings wants it whole; leave one out")
     return params
 
 

@@ -65,7 +65,7 @@ class Qwen(nn.Module):
         c = self.config
         dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
         table = Table((c.vocab_size, c.width), param_dtype, name="embed")()
-        x = embed(tokens, cast(Array, table), dtype=dtype)  # only a head may be quantised
+        x = embed(tokens, cast(Array | Quantized, table), dtype=dtype)  # adapters replace a table, and adapt none
         x = noise.on_embeddings(x, segments) if noise else x
         dropout = noise.of_attention(c.num_layers) if noise else None
         lengths = _lengths(positions, segments, batch) if c.rope.by_length else None

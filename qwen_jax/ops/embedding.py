@@ -8,22 +8,36 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from qwen_jax import sharding
+from qwen_jax.ops import quantized
+from qwen_jax.ops.quantized import Quantized
 
 
-def embed(tokens: Int[Array, "B T"], table: Float[Array, "V D"], *, dtype: jnp.dtype) -> Float[Array, "B T D"]:
+def embed(
+    tokens: Int[Array, "B T"], table: Float[Array, "V D"] | Quantized, *, dtype: jnp.dtype
+) -> Float[Array, "B T D"]:
     """The rows of `table` for `tokens`, in `dtype`. Ids outside the table give NaN: nothing is clamped in silence.
 
     The table is split over vocabulary and width. Each device looks up the ids it holds and the rest arrive by a
-    sum over `tensor`; a gather left to the partitioner makes it rebuild the whole activation on every device.
+    sum over `tensor`; a gather left to the partitioner makes it rebuild the whole activation on every device. A
+    quantised table is whole along fsdp, and has no gradient.
     """
     ids, spec = sharding.activation("bt", tokens.shape), sharding.weight("vd", table.shape)
-    table = jax.sharding.reshard(table.astype(dtype), spec)
+    if isinstance(table, Quantized):
+        spec = quantized.split(sharding.gathered("vd", table.shape), 1, table)
+        table = jax.tree.map(jax.sharding.reshard, table, spec)
+    else:
+        table = jax.sharding.reshard(table.astype(dtype), spec)
+    size = table.shape[0] // sharding.axis_size("tensor")
 
     def look_up(tokens, rows):
-        rows = sharding.all_gather(rows, axis=sharding.fsdp_dimension(spec))
-        local = tokens - jax.lax.axis_index("tensor") * rows.shape[0]
-        held = (local >= 0) & (local < rows.shape[0])
-        vectors = rows.at[jnp.where(held, local, 0)].get(mode="promise_in_bounds")
+        local = tokens - jax.lax.axis_index("tensor") * size
+        held = (local >= 0) & (local < size)
+        local = jnp.where(held, local, 0)
+        if isinstance(rows, Quantized):
+            vectors = quantized.look_up(local, rows, dtype=dtype)
+        else:
+            rows = sharding.all_gather(rows, axis=sharding.fsdp_dimension(spec))
+            vectors = rows.at[local].get(mode="promise_in_bounds")
         return jax.lax.psum(jnp.where(held[..., None], vectors, 0), "tensor")
 
     # Replication is checked by the tests on meshes: the checker knows no gathers in stages.

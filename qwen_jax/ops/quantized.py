@@ -37,14 +37,15 @@ class Quantized:
 
     Attributes:
       values: q - 2^(bits - 1) as [G, I / G, O] int4 or int8; or q in words, [I * bits / 32, O] int32, the numbers of
-        neighbouring inputs in one, the first in the lowest bits. Of experts, with a first axis E.
+        neighbouring inputs in one, the first in the lowest bits. Of experts, with a first axis E. Of a table, whose
+        outputs are looked up, [O, I] where not in words: the compiler for TPU would turn any other around first.
       scales: of each group, [G, O]; of experts [E, G, O].
       zeros: likewise, less 2^(bits - 1); None where they are 0.
       bits: 4 or 8.
       shape: of the whole weight it stands for, such as (N, H, D).
     """
 
-    values: Int[Array, "*E inputs O"]
+    values: Int[Array, "..."]
     scales: Float[Array, "*E G O"]
     zeros: Int[Array, "*E G O"] | None
     bits: int = dataclasses.field(metadata={"static": True})
@@ -54,6 +55,11 @@ class Quantized:
     def packed(self) -> bool:
         """Whether the values are words."""
         return self.values.dtype == jnp.int32
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the values are rows, one for each output; there is one group then."""
+        return not self.packed and self.values.ndim == self.scales.ndim
 
     def __getitem__(self, expert: Int[Array, ""]) -> Quantized:
         """The weight of one expert."""
@@ -80,6 +86,7 @@ def split(of_weight: P, outputs: int, w: Quantized) -> Quantized:
         )
     of_group, in_group = (rows, None) if groups > 1 else (None, rows)
     values = P(*stack, rows, columns) if w.packed else P(*stack, of_group, in_group, columns)
+    values = P(columns, rows) if w.is_table else values
     scales = P(*stack, of_group, columns)
     return dataclasses.replace(w, values=values, scales=scales, zeros=None if w.zeros is None else scales)
 
@@ -144,25 +151,41 @@ def dot_back(dy: Float[Array, "M O"], w: Quantized) -> Float[Array, "M I"]:
     return _back_by_block(dy, w) if w.packed else _fused_back(dy, w)
 
 
+def look_up(ids: Int[Array, "*n"], w: Quantized, *, dtype: jnp.dtype) -> Float[Array, "*n I"]:
+    """On one device: the rows of a table, packed or not, that are those of outputs `ids`."""
+    flat = ids.reshape(-1)
+    of_columns = lambda a: a.at[:, flat].get(mode="promise_in_bounds")
+    values = w.values.at[flat].get(mode="promise_in_bounds") if w.is_table else of_columns(w.values)
+    zeros = None if w.zeros is None else of_columns(w.zeros)
+    found = dataclasses.replace(w, values=values, scales=of_columns(w.scales), zeros=zeros)
+    if not w.packed:
+        return _wide(found, dtype).reshape(*ids.shape, -1)
+    numbers = [_numbers(found, jnp.int32(n), dtype) for n in range(32 // w.bits)]
+    return jnp.stack(numbers, axis=1).reshape(-1, ids.size).T.reshape(*ids.shape, -1)
+
+
 def _fused(x: Float[Array, "M I"], w: Quantized) -> Float[Array, "M O"]:
-    # Over groups and their inputs as two axes: brought to one, the compiler would make the wide weight first.
-    x = x.reshape(len(x), *w.values.shape[:2])
-    return jax.lax.dot_general(x, _wide(w, x.dtype), (((1, 2), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+    inputs = (1,), (1,)
+    if not w.is_table:
+        # Over groups and their inputs as two axes: brought to one, the compiler would make the wide weight first.
+        x, inputs = x.reshape(len(x), *w.values.shape[:2]), ((1, 2), (0, 1))
+    return jax.lax.dot_general(x, _wide(w, x.dtype), (inputs, ((), ())), preferred_element_type=jnp.float32)
 
 
 def _fused_back(dy: Float[Array, "M O"], w: Quantized) -> Float[Array, "M I"]:
-    wide = _wide(w, dy.dtype)
-    dx = jax.lax.dot_general(dy, wide, (((1,), (2,)), ((), ())), preferred_element_type=jnp.float32)
+    wide, outputs = _wide(w, dy.dtype), 0 if w.is_table else 2
+    dx = jax.lax.dot_general(dy, wide, (((1,), (outputs,)), ((), ())), preferred_element_type=jnp.float32)
     # Without the barrier the compiler joins groups and their inputs before the product, and writes the wide weight.
     return jax.lax.optimization_barrier(dx).reshape(len(dy), -1)
 
 
-def _wide(w: Quantized, dtype: jnp.dtype) -> Float[Array, "G n O"]:
+def _wide(w: Quantized, dtype: jnp.dtype) -> Float[Array, "..."]:
     """The numbers of a weight that is not packed, for a compiler that makes them as it multiplies."""
-    values, scales = w.values.astype(jnp.float32), w.scales.astype(jnp.float32)[:, None]
+    beside = lambda of_groups: (of_groups.T if w.is_table else of_groups[:, None]).astype(jnp.float32)
+    values = w.values.astype(jnp.float32)
     if w.zeros is not None:
-        values = values - w.zeros.astype(jnp.float32)[:, None]
-    return (values * scales).astype(dtype)
+        values = values - beside(w.zeros)
+    return (values * beside(w.scales)).astype(dtype)
 
 
 def _by_row(x: Float[Array, "M I"], w: Quantized) -> Float[Array, "M O"]:

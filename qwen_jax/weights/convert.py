@@ -278,7 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.quantize is not None:
             if is_quantized(source) and not isinstance(source, AdaptedModel):
                 raise ModelError(f"{source.path} is quantised already; take the model that it was made of")
-            rounding = Rounding(source.table, parse_quantization(options.quantize), head=options.quantize_head)
+            how, head, embedding = options.quantize, options.quantize_head, options.quantize_embedding
+            rounding = Rounding(source.table, parse_quantization(how), head=head, embedding=embedding)
         to = options.to or ("native" if isinstance(source, PublishedFolder) and not rounding else "hf")
         target = Path(os.path.expanduser(options.dst))
         if to == "peft":
@@ -311,9 +312,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="int4-g128: the layers' matrices in 4 bits, 128 inputs to a scale; int8: in 8, with a scale per output",
     )
     parser.add_argument("--quantize-head", action="store_true", help="with --quantize, also the output head, in 8 bits")
+    parser.add_argument(
+        "--quantize-embedding",
+        action="store_true",
+        help="with --quantize, also the embedding, in 8 bits, and with it a tied head; no other program reads that",
+    )
     options = parser.parse_args(arguments)
-    if options.quantize_head and options.quantize is None:
-        raise ConfigError("--quantize-head goes with --quantize")
+    for asked, option in ((options.quantize_head, "head"), (options.quantize_embedding, "embedding")):
+        if asked and options.quantize is None:
+            raise ConfigError(f"--quantize-{option} goes with --quantize")
     if options.quantize is not None and options.to not in (None, "hf"):
         raise ConfigError(
             f"--quantize writes published folders, and --to {options.to} asks for another form; leave one out"

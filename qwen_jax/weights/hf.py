@@ -121,6 +121,7 @@ _NAMES: Mapping[ModelType, _Names] = {
     "qwen3": _QWEN2_AND_3,
     "qwen3_moe": _QWEN2_AND_3,
 }
+EMBEDDINGS = frozenset(names.embed for names in _NAMES.values())
 _HEAD = "lm_head.weight"
 _PLAIN_SCORE = {"score.weight": "score/output/w"}
 _HIDDEN_SCORE = {

@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from qwen_jax.errors import ConfigError
+from qwen_jax.weights import hf
 from qwen_jax.weights.fields import Fields
 
 KEY = "quantization_config"
 HEAD = "lm_head.weight"
 _HEAD_MODULE = "lm_head"
+_OF_EMBEDDING: dict[str, Any] = {"bits": 8, "group": 0}
+_DYNAMIC_EMBEDDING = {"bits": 8, "group_size": -1}
 
 # Nothing else that is published of these models has a form of its own; those of AutoGPTQ for single kernels are not.
 _FORMATS = {"gptq": 1, "gptq_v2": 0}
@@ -33,6 +36,8 @@ class Quantization:
       symmetric: whether all zeros are the middle of the range.
       offset: what stored zeros are short of.
       head_bits: of the output head's numbers, where it is quantised too.
+      embedding: the published name of the embedding, where it is quantised too: in 8 bits, with a scale for each
+        token. Nobody else reads that.
       scales: their type.
     """
 
@@ -42,10 +47,13 @@ class Quantization:
     symmetric: bool
     offset: int
     head_bits: int
+    embedding: str | None = None
     scales: str = "float16"
 
     def of(self, name: str) -> Quantization:
         """How the weight of that published name is stored."""
+        if name == self.embedding:
+            return dataclasses.replace(self, **_OF_EMBEDDING)
         return dataclasses.replace(self, bits=self.head_bits) if name == HEAD else self
 
     @property
@@ -76,6 +84,11 @@ class Quantization:
 
     def to_hf(self, *, head: bool) -> dict[str, Any]:
         """The field of a `config.json` that says so, in the form of GPTQ; and whether the head is quantised too."""
+        dynamic: dict[str, Any] = {}
+        if head and self.head_bits != self.bits:
+            dynamic[_HEAD_MODULE] = {"bits": self.head_bits}
+        if self.embedding:
+            dynamic[self.embedding.removesuffix(".weight")] = _DYNAMIC_EMBEDDING
         return {
             "quant_method": "gptq",
             "bits": self.bits,
@@ -84,7 +97,7 @@ class Quantization:
             "desc_act": False,
             "checkpoint_format": "gptq",
             "lm_head": head,
-            **({"dynamic": {_HEAD_MODULE: {"bits": self.head_bits}}} if head and self.head_bits != self.bits else {}),
+            **({"dynamic": dynamic} if dynamic else {}),
         }
 
 
@@ -112,12 +125,18 @@ def _gptq(fields: Fields) -> Quantization:
     if fields.values.get("is_marlin_format"):
         raise fields.refusal("is_marlin_format", "false is read")
     bits = head_bits = _bits(fields, "bits")
+    embedding = None
     # GPTQModel's way to treat some modules otherwise.
-    if fields.values.get("dynamic"):
-        dynamic = fields.mapping("dynamic")
-        if list(dynamic.values) != [_HEAD_MODULE] or list(dynamic.mapping(_HEAD_MODULE).values) != ["bits"]:
-            raise fields.refusal("dynamic", f"only bits of {_HEAD_MODULE} are read")
-        head_bits = _bits(dynamic.mapping(_HEAD_MODULE), "bits")
+    for module in fields.mapping("dynamic").values if fields.values.get("dynamic") else ():
+        own = fields.mapping("dynamic").mapping(module)
+        if module == _HEAD_MODULE and list(own.values) == ["bits"]:
+            head_bits = _bits(own, "bits")
+        elif (name := f"{module}.weight") in hf.EMBEDDINGS and own.values == _DYNAMIC_EMBEDDING:
+            embedding = name
+        else:
+            raise fields.refusal(
+                "dynamic", f"only bits of {_HEAD_MODULE}, and {_DYNAMIC_EMBEDDING} of the embedding, are read"
+            )
     return Quantization(
         method="gptq",
         bits=bits,
@@ -125,6 +144,7 @@ def _gptq(fields: Fields) -> Quantization:
         symmetric=fields.flag("sym"),
         offset=_FORMATS[kind],
         head_bits=head_bits,
+        embedding=embedding,
     )
 
 

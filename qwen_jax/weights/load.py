@@ -107,8 +107,9 @@ def abstract_params(
         if len(hows) > 1:
             raise ModelError(f"experts such as {places[0][0].name} are not quantised alike, and only that is read")
         if how := next(iter(hows), None):
-            _, part, rows = places[0]
-            return abstract_quantized(leaf, shape=part.shape, outputs=hf.output_axes(part, rows), how=how)
+            tensor, part, rows = places[0]
+            outputs, looked_up = hf.output_axes(part, rows), tensor.name == how.embedding
+            return abstract_quantized(leaf, shape=part.shape, outputs=outputs, how=how, looked_up=looked_up)
         whole = jax.sharding.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=whole)
 

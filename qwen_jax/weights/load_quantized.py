@@ -22,7 +22,7 @@ Place = tuple[str, slice]  # a published tensor, and the rows of it that are mea
 
 
 def abstract_quantized(
-    leaf: jax.ShapeDtypeStruct, *, shape: Sequence[int], outputs: int, how: Quantization
+    leaf: jax.ShapeDtypeStruct, *, shape: Sequence[int], outputs: int, how: Quantization, looked_up: bool
 ) -> Quantized:
     """Shapes, types and shardings of a weight, or those of the experts.
 
@@ -31,6 +31,7 @@ def abstract_quantized(
       shape: without experts.
       outputs: how many of these axes are outputs.
       how: it is stored.
+      looked_up: whether its outputs are, one by one.
     """
     assert isinstance(leaf.sharding, NamedSharding)
     stack, inputs = leaf.shape[: len(leaf.shape) - len(shape)], math.prod(shape[outputs:])
@@ -38,6 +39,8 @@ def abstract_quantized(
     like = lambda dtype, *inner: jax.ShapeDtypeStruct((*stack, *inner, width), dtype)
     if is_packed():
         values = like(jnp.int32, inputs // how.count)
+    elif looked_up:
+        values = jax.ShapeDtypeStruct((width, inputs), jnp.int8)
     else:
         values = like(jnp.int4 if how.bits == 4 else jnp.int8, groups, inputs // groups)
     arrays: dict[str, Any] = {"values": values, "scales": like(jnp.dtype(how.scales), groups)}
@@ -66,6 +69,10 @@ def load_quantized(tensors: QuantizedTensors, places: Sequence[Place], like: Qua
         found = unpack(tensors.words(name, slice(start, stop), columns), how.bits).astype(np.int16) - how.middle
         return found.reshape(of_groups.stop - of_groups.start, -1, found.shape[1])
 
+    def rows(name: str, index: Index) -> np.ndarray:
+        outputs, inputs = index
+        return unpack(tensors.words(name, inputs, outputs), how.bits).T.astype(np.int16) - how.middle
+
     def words(name: str, index: Index) -> np.ndarray:
         return tensors.words(name, slice(index[0].start * how.count, index[0].stop * how.count), index[1])
 
@@ -73,7 +80,7 @@ def load_quantized(tensors: QuantizedTensors, places: Sequence[Place], like: Qua
     array = lambda like, read: _array(places, stacked, like, read)
     return dataclasses.replace(
         like,
-        values=array(like.values, words if like.packed else numbers),
+        values=array(like.values, words if like.packed else rows if like.is_table else numbers),
         scales=array(like.scales, lambda name, index: tensors.scales(name, *index)),
         zeros=None if like.zeros is None else array(like.zeros, lambda name, index: tensors.zeros(name, *index)),
     )

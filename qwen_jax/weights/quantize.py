@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -31,20 +32,23 @@ class Rounding:
 
     Attributes:
       how: they are stored.
-      names: of those that are quantised: the matrices of the layers, and the head if asked for.
+      names: of those that are quantised: the matrices of the layers, and head and embedding if asked for.
 
     Raises ModelError where one has no whole number of groups or words, ConfigError where there is no head.
     """
 
-    def __init__(self, table: Sequence[hf.Tensor], how: Quantization, *, head: bool) -> None:
-        self.how = how
-        self.names = frozenset(tensor.name for tensor in table if _is_matrix(tensor, head=head))
+    def __init__(self, table: Sequence[hf.Tensor], how: Quantization, *, head: bool, embedding: bool = False) -> None:
+        self.how = how = dataclasses.replace(how, embedding=table[0].name if embedding else None)
+        self.names = frozenset(tensor.name for tensor in table if _is_matrix(tensor, head=head, embedding=embedding))
         if head and HEAD not in self.names:
-            raise ConfigError("--quantize-head: this model has no output head of its own; leave it out")
+            raise ConfigError(
+                "--quantize-head: this model has no output head of its own; leave it out, or take --quantize-embedding"
+            )
         for tensor in table:
             if tensor.name in self.names:
                 outputs, inputs = tensor.shape
-                group, n = how.group or how.of(tensor.name).count, how.of(tensor.name).count
+                n = how.of(tensor.name).count
+                group = how.of(tensor.name).group or n
                 if inputs % group or outputs % n:
                     raise ModelError(
                         f"{tensor.name} has {inputs} inputs and {outputs} outputs, and quantised they must be "
@@ -124,9 +128,11 @@ class QuantizedSink:
                 self._sink.put(name.removesuffix("weight") + end, array)
 
 
-def _is_matrix(tensor: hf.Tensor, *, head: bool) -> bool:
+def _is_matrix(tensor: hf.Tensor, *, head: bool, embedding: bool) -> bool:
     path = tensor.parts[0].path
-    return path.startswith("layers/") and path.endswith("/w") and not path.endswith(_KEPT) or head and path == "head/w"
+    if path in ("head/w", "embed/w"):
+        return head if path == "head/w" else embedding
+    return path.startswith("layers/") and path.endswith("/w") and not path.endswith(_KEPT)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group"))

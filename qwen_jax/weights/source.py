@@ -204,9 +204,17 @@ class PublishedFolder(Model):
                     f"{self.files.where(tensor.name)} is {self.dtype(tensor)}, and {', '.join(_FLOATS)} are read: "
                     "take the unquantised model, or one in the form of GPTQ or AWQ"
                 )
-        for name in (self.table[0].name, *second):
+        embedding = self.table[0].name
+        if embedding in self.quantized.names and self.quantized.of(embedding).embedding != embedding:
+            raise ModelError(
+                f"{self.path}: {embedding} is quantised, and quantization_config does not say how: "
+                "an embedding is read as convert --quantize-embedding makes it"
+            )
+        for name in (*second, *second.values()):
             if name in self.quantized.names:
-                raise ModelError(f"{self.path}: {name} is the embedding, which is not read where it is quantised")
+                raise ModelError(
+                    f"{self.path}: {name} is quantised, and beside it is the same weight; remove the other"
+                )
         for name, same in second.items():
             self._check_equal(name, same)
         return second

@@ -28,6 +28,7 @@ def random(
     group: int,
     zeros: bool = False,
     packed: bool = True,
+    table: bool = False,
 ) -> tuple[Quantized, np.ndarray]:
     """A weight whose last `inputs` axes are inputs, and what it stands for."""
     size = math.prod(shape[len(shape) - inputs :])
@@ -36,7 +37,7 @@ def random(
     scales = rng.uniform(0.01, 0.02, (groups, q.shape[1])).astype(np.float16)
     zero = rng.integers(0, 2 * middle, scales.shape) if zeros else np.full(scales.shape, middle)
     wide = (q - zero.repeat(group, 0)) * scales.repeat(group, 0).astype(np.float32)
-    values = words(q, bits) if packed else (q - middle).reshape(groups, group, -1)
+    values = words(q, bits) if packed else (q - middle).T if table else (q - middle).reshape(groups, group, -1)
     w = Quantized(
         values=jnp.asarray(values, jnp.int32 if packed else jnp.int4 if bits == 4 else jnp.int8),
         scales=jnp.asarray(scales),
@@ -54,7 +55,7 @@ def wide(w: Quantized, inputs: int) -> np.ndarray:
         shifts = np.arange(0, 32, w.bits)
         numbers = (values[..., None, :] >> shifts[:, None] & 2 * middle - 1) - middle
     else:
-        numbers = values.astype(int)
+        numbers = (values.T if values.ndim == scales.ndim else values).astype(int)
     numbers = numbers.reshape(*scales.shape[:-1], -1, scales.shape[-1])
     zeros = 0 if w.zeros is None else np.asarray(w.zeros, int)[..., None, :]
     found = (numbers - zeros) * scales[..., None, :]

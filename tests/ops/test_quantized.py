@@ -12,6 +12,7 @@ import pytest
 
 from qwen_jax import sharding
 from qwen_jax.errors import ConfigError
+from qwen_jax.ops.embedding import embed
 from qwen_jax.ops.linear import contract
 from qwen_jax.ops.quantized import Quantized
 from tests.ops.quantized import random
@@ -67,6 +68,21 @@ def test_split_over_tensor(pattern, shape, inputs, packed):
         for bits, group in ((4, 32), (8, 64)):
             w, wide = random(rng, shape, inputs, bits=bits, group=group, packed=packed)
             check(pattern, x, w, wide)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("packed, zeros", [(True, False), (False, False), (True, True), (False, True)])
+def test_a_table_is_looked_up_and_is_a_head(packed, zeros, tensor):
+    rng = np.random.default_rng(0)
+    w, wide = random(rng, (24, 64), 1, bits=8, group=64, zeros=zeros, packed=packed, table=True)
+    ids = np.array([[0, 23, 11, 12], [5, 5, 24, -1]])
+    with jax.set_mesh(sharding.make_mesh(fsdp=2, tensor=tensor, devices=jax.devices()[: 2 * tensor])):
+        tokens = jax.sharding.reshard(jnp.asarray(ids, jnp.int32), sharding.activation("bt", ids.shape))
+        found = jax.jit(functools.partial(embed, dtype=jnp.dtype("float32")))(tokens, w)
+        for rows in (2, 40):
+            check("btd,vd->btv", jnp.asarray(rng.standard_normal((2, rows, 64)), jnp.float32), w, wide)
+    known = (ids >= 0) & (ids < 24)
+    np.testing.assert_array_equal(found, np.where(known[..., None], wide[np.where(known, ids, 0)], np.nan))
 
 
 def test_a_group_is_not_split():

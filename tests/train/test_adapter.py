@@ -84,6 +84,27 @@ def test_beside_a_quantised_base(adapted, change, tmp_path, capsys):
         assert whole.model_type == ours.model_type
 
 
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_beside_a_quantised_embedding(adapted, tmp_path, layers):
+    """It is looked up like any other. A head that is quantised too, or tables that are to be trained, are refused."""
+    published = dataclasses.replace(adapted.model_config, tie_embeddings=False)
+    publish(tmp_path / "untied", published, "qwen2")
+    for name, base in (("tied", adapted.model.path), ("table", tmp_path / "untied")):
+        assert convert.main([str(base), str(tmp_path / name), "--quantize", "int4-g8", "--quantize-embedding"]) == 0
+
+    def on(name, run_dir, **more):
+        base = Pretrained(path=str(tmp_path / name), dtype="float32")
+        return dataclasses.replace(adapted, model=base, run_dir=str(tmp_path / run_dir), layers=layers, **more)
+
+    with pytest.raises(ModelError, match="a quantised head, and training wants it whole"):
+        run(on("tied", "head"))
+    with pytest.raises(ModelError, match="a quantised embedding, and train_embeddings wants it whole"):
+        run(on("table", "trained", adapter=LoRA(rank=4, train_embeddings=True)))
+    assert run(on("table", "run")) == 0
+    rows = [row["loss"] for row in record(on("table", "run")) if "loss" in row]
+    assert rows[-1] < rows[0]
+
+
 def values(config, mesh, *, unroll):
     """Loss, and the moments after a step, of an adapter that is not zero."""
     with jax.set_mesh(make_mesh(**mesh, devices=jax.devices()[: math.prod(mesh.values())])):

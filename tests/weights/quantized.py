@@ -57,25 +57,33 @@ def quantised(rng: np.random.Generator, stem: str, outputs: int, inputs: int, ho
 
 
 def publish_quantised(
-    folder: Path, config: ModelConfig, model_type: hf.ModelType, how: dict, *, head_bits: int = 0
+    folder: Path,
+    config: ModelConfig,
+    model_type: hf.ModelType,
+    how: dict,
+    *,
+    head_bits: int = 0,
+    embedding: bool = False,
 ) -> dict[str, np.ndarray]:
     """Writes a folder whose linear layers are quantised, and returns what its tensors stand for."""
+    table = hf.table(config, model_type)[0].name
+    apart = {"lm_head.weight": {"bits": head_bits}} if head_bits else {}
+    apart |= {table: {"bits": 8, "group_size": -1}} if embedding else {}
     named, rng = publish(folder, config, model_type), np.random.default_rng(1)
     stored = dict(named)
     for name, array in named.items():
         router = name.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
-        if (array.ndim == 2 and (".layers." in name or ".h." in name) and not router) or (
-            head_bits and name == "lm_head.weight"
-        ):
-            own = how | {"bits": head_bits} if name == "lm_head.weight" else how
+        if (array.ndim == 2 and (".layers." in name or ".h." in name) and not router) or name in apart:
+            own = how | apart.get(name, {})
             tensors, named[name] = quantised(rng, name.removesuffix(".weight"), *array.shape, own)
             del stored[name]
             stored |= tensors
             if name.endswith("down_proj.weight"):  # as AutoGPTQ leaves them behind
                 stored[name.replace("weight", "bias")] = np.zeros(array.shape[0], np.float16)
     save_safetensors(folder / "model.safetensors", stored)
-    if head_bits:
-        how = how | {"lm_head": True, "dynamic": {"lm_head": {"bits": head_bits}}}
+    if apart:
+        dynamic = {name.removesuffix(".weight"): own for name, own in apart.items()}
+        how = how | {"lm_head": bool(head_bits), "dynamic": dynamic}
     change_config(folder, quantization_config=how)
     return named
 

@@ -399,7 +399,7 @@ BAD = [
             (GPTQ | {"sym": None}, "sym is missing"),
             (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; gptq and gptq_v2 are read"),
             (GPTQ | {"is_marlin_format": True}, "is_marlin_format is True; false is read"),
-            (GPTQ | {"dynamic": {"-:.*down.*": {}}}, "dynamic is .*; only bits of lm_head are read"),
+            (GPTQ | {"dynamic": {"-:.*down.*": {}}}, "dynamic is .*; only bits of lm_head, and .* are read"),
             (AWQ | {"version": "gemv"}, "version is 'gemv'; 'gemm' is read"),
             (AWQ | {"zero_point": False}, "zero_point is False; true is read"),
             (AWQ | {"bits": 8}, "bits is 8; 4 is read"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -28,17 +29,21 @@ DENSE = tiny_config(vocab_size=260, num_layers=2, head_dim=8, mlp_width=64, tie_
 EXPERTS = dataclasses.replace(
     DENSE, mlp_width=0, moe=Moe(num_experts=4, top_k=2, expert_width=16, shared_width=32, normalize_top_k=False)
 )
+TIED = dataclasses.replace(DENSE, tie_embeddings=True)
 QWEN1 = dataclasses.replace(DENSE, num_kv_heads=4)
 FOLDERS = {
-    "gptq": ("qwen2", DENSE, GPTQ, 0),
-    "gptq with a head": ("qwen2", DENSE, GPTQ, 8),
-    "gptq, 8 bits, a scale for each output": ("qwen2", DENSE, GPTQ | {"bits": 8, "group_size": -1}, 0),
-    "gptq, its own zeros": ("qwen2", DENSE, GPTQ | {"sym": False}, 0),
-    "gptq, version 2": ("qwen2", DENSE, GPTQ | {"checkpoint_format": "gptq_v2", "sym": False}, 0),
-    "gptq of Qwen1": ("qwen", QWEN1, GPTQ, 0),
-    "gptq of experts": ("qwen2_moe", EXPERTS, GPTQ, 0),
-    "awq": ("qwen2", DENSE, AWQ, 0),
-    "awq of experts": ("qwen2_moe", EXPERTS, AWQ, 0),
+    "gptq": ("qwen2", DENSE, GPTQ, {}),
+    "gptq with a head": ("qwen2", DENSE, GPTQ, {"head_bits": 8}),
+    "gptq with an embedding": ("qwen2", DENSE, GPTQ, {"embedding": True}),
+    "gptq with a tied embedding": ("qwen2", TIED, GPTQ, {"embedding": True}),
+    "gptq, both, of Qwen1, its own zeros": ("qwen", QWEN1, GPTQ | {"sym": False}, {"head_bits": 8, "embedding": True}),
+    "gptq, 8 bits, a scale for each output": ("qwen2", DENSE, GPTQ | {"bits": 8, "group_size": -1}, {}),
+    "gptq, its own zeros": ("qwen2", DENSE, GPTQ | {"sym": False}, {}),
+    "gptq, version 2": ("qwen2", DENSE, GPTQ | {"checkpoint_format": "gptq_v2", "sym": False}, {}),
+    "gptq of Qwen1": ("qwen", QWEN1, GPTQ, {}),
+    "gptq of experts": ("qwen2_moe", EXPERTS, GPTQ, {}),
+    "awq": ("qwen2", DENSE, AWQ, {}),
+    "awq of experts": ("qwen2_moe", EXPERTS, AWQ, {}),
 }
 # Of the largest logit: sums in another order.
 RELATIVE = 1e-5
@@ -46,8 +51,8 @@ RELATIVE = 1e-5
 
 @pytest.fixture(params=FOLDERS)
 def published(request, tmp_path):
-    model_type, config, how, head_bits = FOLDERS[request.param]
-    return tmp_path / "model", publish_quantised(tmp_path / "model", config, model_type, how, head_bits=head_bits)
+    model_type, config, how, apart = FOLDERS[request.param]
+    return tmp_path / "model", publish_quantised(tmp_path / "model", config, model_type, how, **apart)
 
 
 @pytest.mark.parametrize("sample", [24 * 16, 24 * 32, 24 * 64])
@@ -107,10 +112,18 @@ def test_each_array_is_where_the_model_looks_for_it(published, monkeypatch, pack
     assert ("int32" in kinds) == packed
 
 
-@pytest.mark.parametrize("name, packed", [("gptq with a head", True), ("awq of experts", False)])
+@pytest.mark.parametrize(
+    "name, packed",
+    [
+        ("gptq with a head", True),
+        ("awq of experts", False),
+        ("gptq with a tied embedding", True),
+        ("gptq with a tied embedding", False),
+    ],
+)
 def test_the_model_computes_what_the_wide_one_does(tmp_path, mesh, monkeypatch, name, packed):
-    model_type, config, how, head_bits = FOLDERS[name]
-    publish_quantised(tmp_path / "model", config, model_type, how, head_bits=head_bits)
+    model_type, config, how, apart = FOLDERS[name]
+    publish_quantised(tmp_path / "model", config, model_type, how, **apart)
     monkeypatch.setattr(load_quantized, "is_packed", lambda: packed)
     _, params, found = load(tmp_path / "model")
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 260, (2, 5)), jnp.int32)
@@ -119,9 +132,11 @@ def test_the_model_computes_what_the_wide_one_does(tmp_path, mesh, monkeypatch, 
     np.testing.assert_allclose(got, want, atol=RELATIVE * float(jnp.abs(want).max()))
 
 
-def test_split_over_a_mesh_the_model_computes_the_same(tmp_path):
-    config = dataclasses.replace(EXPERTS, num_layers=1)
-    publish_quantised(tmp_path / "model", config, "qwen2_moe", GPTQ)
+@pytest.mark.parametrize("packed", [True, False])
+def test_split_over_a_mesh_the_model_computes_the_same(tmp_path, monkeypatch, packed):
+    monkeypatch.setattr(load_quantized, "is_packed", lambda: packed)
+    config = dataclasses.replace(EXPERTS, num_layers=1, tie_embeddings=True)
+    publish_quantised(tmp_path / "model", config, "qwen2_moe", GPTQ, embedding=True)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 260, (2, 5)), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32), ids.shape)
     found = []
@@ -184,6 +199,34 @@ def test_what_the_tensors_do_not_bear_out_is_refused(tmp_path, mesh, how, spoile
     spoiled(tmp_path / "model")
     with pytest.raises(ModelError, match=words):
         load_params(open_model(tmp_path / "model"), dtype="float32", stacked=False)
+
+
+def test_an_embedding_is_read_only_as_it_is_made_here(tmp_path):
+    publish_quantised(tmp_path / "model", TIED, "qwen2", GPTQ, embedding=True)
+    said = json.loads((tmp_path / "model/config.json").read_text())["quantization_config"]
+    for dynamic, words in (
+        ({}, "are bits and group_size of"),
+        ({"model.embed_tokens": {"bits": 8}}, "only bits of lm_head, and .* of the embedding, are read"),
+        ({"model.embed_tokens": {"bits": 4, "group_size": -1}}, "only bits of lm_head, and"),
+    ):
+        change_config(tmp_path / "model", quantization_config=said | {"dynamic": dynamic})
+        with pytest.raises(ModelError, match=words):
+            open_model(tmp_path / "model")
+    plain = {"bits": 8, "group_size": -1}  # of all weights, which is not said of the embedding
+    publish_quantised(tmp_path / "plain", TIED, "qwen2", GPTQ | plain, embedding=True)
+    change_config(tmp_path / "plain", quantization_config=GPTQ | plain)
+    with pytest.raises(ModelError, match="embed_tokens.weight is quantised, and .* does not say how"):
+        open_model(tmp_path / "plain")
+
+
+def test_a_second_head_beside_a_quantised_embedding_is_refused(tmp_path):
+    named = publish_quantised(tmp_path / "model", TIED, "qwen2", GPTQ, embedding=True)
+    with open_model(tmp_path / "model") as source:
+        tensors = {name: source.files.read(name) for name in source.files.tensors}
+    tensors["lm_head.weight"] = named["model.embed_tokens.weight"].astype(np.float32)
+    save_safetensors(tmp_path / "model/model.safetensors", tensors)
+    with pytest.raises(ModelError, match="embed_tokens.weight is quantised, and beside it is the same weight"):
+        open_model(tmp_path / "model")
 
 
 def test_groups_that_are_those_of_neighbours_may_be_called_otherwise(tmp_path, mesh):
