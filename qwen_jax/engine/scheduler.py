@@ -202,8 +202,8 @@ class Scheduler:
         row = self._waiting[0]
         shared, node = ([], None) if row.kind is None else self.pages.match(row.kind, row.tokens[:-1])
         wanted = self._num_pages(row.target) - len(shared)
-        # A page is left for each row that runs: the first that grew would have this one give way.
-        if wanted + len(self._running) > self.pages.free:
+        # A page is left for each row that may yet grow: the first that did would have this one give way.
+        if wanted + sum(len(row.pages) < self._most_pages(row) for row in self._running) > self.pages.free:
             self.pages.release(shared)
             return None
         self._waiting.popleft()
@@ -236,6 +236,9 @@ class Scheduler:
         self._places.append(row.place)
         self._running.remove(row)
         row.pages, row.place, row.decoding, row.length, row.published = [], None, False, 0, 0
+
+    def _most_pages(self, row: Row) -> int:
+        return self._num_pages(len(row.request.prompt) + row.request.max_new_tokens)
 
     def _num_pages(self, length: int) -> int:
         return -(-length // self.pages.size)
