@@ -177,13 +177,15 @@ class QuantizedTensors:
                 f"{self._files.where(self._part(name, 'scales'))} has scales that are infinite or no numbers: "
                 "is the file damaged? Download it again"
             )
-        if how.symmetric and self.zeros(name, groups, slice(0, outputs)).any():
-            raise ModelError(
-                f"{self._files.where(self._part(name, 'qzeros'))} has zeros that are not {how.middle}, and config.json "
-                "says sym: true; are they of another checkpoint_format?"
-            )
-        whole = how.group or how.count  # groups of weights, or words, of which there are as many as the sample has
-        self._check_middle(name, how, min(inputs, max(1, _SAMPLE // outputs // whole) * whole))
+        if how.symmetric:
+            if self.zeros(name, groups, slice(0, outputs)).any():
+                raise ModelError(
+                    f"{self._files.where(self._part(name, 'qzeros'))} has zeros that are not {how.middle}, and "
+                    "config.json says sym: true; are they of another checkpoint_format?"
+                )
+        else:
+            whole = how.group or how.count  # groups of weights, or words, of which there are as many as the sample has
+            self._check_middle(name, how, min(inputs, max(1, _SAMPLE // outputs // whole) * whole))
         self._seen.add(name)
 
     def _check_middle(self, name: str, how: Quantization, inputs: int) -> None:

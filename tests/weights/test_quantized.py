@@ -219,6 +219,13 @@ def test_an_embedding_is_read_only_as_it_is_made_here(tmp_path):
         open_model(tmp_path / "plain")
 
 
+def test_tokens_may_have_a_direction_in_common(tmp_path, mesh):
+    """As those of trained models have; zeros that are the middle of the range are right whatever the weights are."""
+    publish_quantised(tmp_path / "model", TIED, "qwen2", GPTQ, embedding=True)
+    spoil(tmp_path / "model", "model.embed_tokens.qweight", lambda words: words | 0x40404040)
+    load_params(open_model(tmp_path / "model"), dtype="float32", stacked=False)
+
+
 def test_a_second_head_beside_a_quantised_embedding_is_refused(tmp_path):
     named = publish_quantised(tmp_path / "model", TIED, "qwen2", GPTQ, embedding=True)
     with open_model(tmp_path / "model") as source:
