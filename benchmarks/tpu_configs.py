@@ -67,12 +67,19 @@ def _shape_alone(binding: bindings.Binding) -> bindings.Binding:
     """A published model by its name, in the place of its folder."""
     new = {"@Pretrained": ("model", "@Zoo"), "%MODEL": ("model.name", "%MODEL")}
     if binding.path == "MODEL":
-        name = Path(ast.literal_eval(binding.text)).name.removesuffix("-long")
-        return dataclasses.replace(binding, text=repr(name))
+        return dataclasses.replace(binding, text=repr(_published(Path(ast.literal_eval(binding.text)))))
     if binding.path in ("model", "model.path") and binding.text in new:
         path, text = new[binding.text]
         return dataclasses.replace(binding, path=path, text=text)
     return binding
+
+
+def _published(model: Path) -> str:
+    """The name of the model that a folder has the shape of, or that a run began with."""
+    if model.parts[0] == "runs":
+        (begun,) = [each.text for each in bindings.read(TUNING / f"{model.name}.gin") if each.path == "MODEL"]
+        return _published(Path(ast.literal_eval(begun)))
+    return re.sub("-(long|sft)$", "", model.name)
 
 
 def settings(path: Path) -> list[str]:

@@ -27,6 +27,7 @@ RUNS = tpu_configs.runs()
 every_run = pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 PRETRAINING = [path for path in RUNS if path.parent == tpu_configs.CONFIGS]
 TUNING = [path for path in RUNS if path not in PRETRAINING]
+ALIGNMENT = [path for kind in ("reward", "*dpo", "grpo", "ppo") for path in sorted(tpu_configs.TUNING.glob(f"{kind}_*"))]
 
 # The compiler's warnings, which it keeps to its own log files unless told otherwise.
 TELLING = {"TPU_STDERR_LOG_LEVEL": "0", "TF_CPP_MIN_LOG_LEVEL": "0"}
@@ -112,9 +113,16 @@ def test_every_row_has_its_run():
     assert "Compiled, not run: compiler estimates (jax" in text
 
 
+@pytest.mark.parametrize("path", ALIGNMENT, ids=lambda path: path.stem)
+def test_a_run_of_alignment_fills_its_chips(path):
+    config, topology = tpu_configs.load(path)
+    assert math.prod(astuple(config.mesh)) == topology.num_devices
+    assert config.run_dir == f"runs/{path.stem}"
+
+
 @needs_libtpu
 @pytest.mark.slow
-@every_run
+@pytest.mark.parametrize("path", [*RUNS, *ALIGNMENT], ids=lambda path: path.stem)
 def test_it_compiles_fits_and_rebuilds_no_activation(path, tmp_path):
     config, topology = tpu_configs.load(path)
     request, result = tmp_path / "config.gin", tmp_path / "result.json"
