@@ -36,6 +36,7 @@ RUNS = Path("runs/quantization")
 TOKENS = RUNS / "tokens"
 BASE = {"data.tokens": str(TOKENS), "model.num_layers": 4, "data.held_out": 0.05}
 HOWS = ("int8", "int4-g128", "int4-g32")
+EMBEDDED = "int4-g128, embedding int8"
 LENGTH, WINDOWS, BATCH = 256, 160, 8
 # The widest matrices of Qwen2.5-7B, halved along the other side.
 OUTPUTS, INPUTS = 9472, 3584
@@ -75,7 +76,8 @@ def perplexity(reference: Path, text: Path | None) -> None:
     )
     print("| weights | perplexity | against float32 | bytes of all parameters |\n|---|---|---|---|")
     first = None
-    for name, (path, dtype) in (dense | {how: (quantised(reference, how), "float32") for how in HOWS}).items():
+    small = {how: (quantised(reference, how), "float32") for how in (*HOWS, EMBEDDED)}
+    for name, (path, dtype) in (dense | small).items():
         with open_model(path) as source:
             params = load_params(source, dtype=dtype, stacked=False)
             config = dataclasses.replace(source.config, dtype=dtype, param_dtype=dtype)
@@ -87,9 +89,9 @@ def perplexity(reference: Path, text: Path | None) -> None:
 
 def quantised(reference: Path, how: str) -> Path:
     """The model quantised in some way, made unless it is there."""
-    target = RUNS / f"{reference.name}-{how}"
+    target, option = RUNS / f"{reference.name}-{how}", ["--quantize-embedding"] * (how == EMBEDDED)
     if not target.exists():
-        assert convert.main([str(reference), str(target), "--quantize", how]) == 0
+        assert convert.main([str(reference), str(target), "--quantize", how.split(",")[0], *option]) == 0
     return target
 
 
