@@ -21,12 +21,14 @@ def embed(
     sum over `tensor`; a gather left to the partitioner makes it rebuild the whole activation on every device. A
     quantised table is whole along fsdp, and has no gradient.
     """
-    ids, spec = sharding.activation("bt", tokens.shape), sharding.weight("vd", table.shape)
+    ids = sharding.activation("bt", tokens.shape)
     if isinstance(table, Quantized):
-        spec = quantized.split(sharding.gathered("vd", table.shape), 1, table)
-        table = jax.tree.map(jax.sharding.reshard, table, spec)
+        split, gathered = quantized.split(sharding.gathered("vd", table.shape), 1, table), None
+        table = jax.tree.map(jax.sharding.reshard, table, split)
     else:
-        table = jax.sharding.reshard(table.astype(dtype), spec)
+        split = sharding.weight("vd", table.shape)
+        gathered = sharding.fsdp_dimension(split)
+        table = jax.sharding.reshard(table.astype(dtype), split)
     size = table.shape[0] // sharding.axis_size("tensor")
 
     def look_up(tokens, rows):
@@ -36,11 +38,11 @@ def embed(
         if isinstance(rows, Quantized):
             vectors = quantized.look_up(local, rows, dtype=dtype)
         else:
-            rows = sharding.all_gather(rows, axis=sharding.fsdp_dimension(spec))
+            rows = sharding.all_gather(rows, axis=gathered)
             vectors = rows.at[local].get(mode="promise_in_bounds")
         return jax.lax.psum(jnp.where(held[..., None], vectors, 0), "tensor")
 
     # Replication is checked by the tests on meshes: the checker knows no gathers in stages.
-    vectors = jax.shard_map(look_up, in_specs=(ids, spec), out_specs=P(*ids, None), check_vma=False)(tokens, table)
+    vectors = jax.shard_map(look_up, in_specs=(ids, split), out_specs=P(*ids, None), check_vma=False)(tokens, table)
     known = (tokens >= 0) & (tokens < table.shape[0])
     return jnp.where(known[..., None], vectors, jnp.nan)

@@ -27,7 +27,9 @@ RUNS = tpu_configs.runs()
 every_run = pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 PRETRAINING = [path for path in RUNS if path.parent == tpu_configs.CONFIGS]
 TUNING = [path for path in RUNS if path not in PRETRAINING]
-ALIGNMENT = [path for kind in ("reward", "*dpo", "grpo", "ppo") for path in sorted(tpu_configs.TUNING.glob(f"{kind}_*"))]
+ALIGNMENT = [
+    path for kind in ("reward", "*dpo", "grpo", "ppo") for path in sorted(tpu_configs.TUNING.glob(f"{kind}_*"))
+]
 
 # The compiler's warnings, which it keeps to its own log files unless told otherwise.
 TELLING = {"TPU_STDERR_LOG_LEVEL": "0", "TF_CPP_MIN_LOG_LEVEL": "0"}

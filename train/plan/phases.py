@@ -122,6 +122,7 @@ def _rollout(config: TrainConfig, state: State, kept: Frozen) -> tuple[jax.stage
         count = -(-room.max_rows // least) * least
         rows = Rows(lengths=ints(count), table=ints(count, width), counts=ints(count), width=1)
         shape = dataclasses.replace(shape, num_kv_heads=kv_heads(shape.num_kv_heads))
-        inputs = Inputs(rows=rows, places=ints(count))
+        prompts = ints(count) if shape.rope.by_length else None
+        inputs = Inputs(rows=rows, places=ints(count), prompts=prompts)
         last = jax.ShapeDtypeStruct((count + 1,), jnp.int32)
         return compute.lower(shape, params, cache, last, inputs), size((params, cache))

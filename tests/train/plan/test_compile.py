@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from qwen_jax import bindings, model
-from qwen_jax.config import Score
+from qwen_jax.config import QwenNTK, Rope, Score
 from qwen_jax.errors import ConfigError, FileError
 from qwen_jax.sharding import make_mesh
 from tests.published import publish
@@ -64,8 +64,10 @@ def ppo(small):
 
 
 @needs_libtpu
-def test_each_phase_of_an_episode_is_compiled(ppo):
+def test_each_phase_of_an_episode_is_compiled(ppo, change):
     """A rollout holds an engine's weights and cache beside all that is there in any phase."""
+    # As Qwen1 has it: rotations go by the lengths of the prompts.
+    ppo = change(ppo, "model.rope", Rope(theta=1e4, scaling=QwenNTK(original_positions=64)))
     compiled = compile_step(ppo, parse("v5e:2x2"))
     assert compiled.absent == ["runs/none"]
     assert "runs/none is not there yet" in page.render(ppo, parse("v5e:2x2"), compiled, "")
