@@ -36,7 +36,9 @@ RUNS = Path("runs/quantization")
 TOKENS = RUNS / "tokens"
 BASE = {"data.tokens": str(TOKENS), "model.num_layers": 4, "data.held_out": 0.05}
 HOWS = ("int8", "int4-g128", "int4-g32")
-EMBEDDED = "int4-g128, embedding int8"
+KINDS = {how: ["--quantize", how] for how in HOWS} | {
+    "int4-g128, embedding int8": ["--quantize", "int4-g128", "--quantize-embedding"]
+}
 LENGTH, WINDOWS, BATCH = 256, 160, 8
 # The widest matrices of Qwen2.5-7B, halved along the other side.
 OUTPUTS, INPUTS = 9472, 3584
@@ -76,7 +78,7 @@ def perplexity(reference: Path, text: Path | None) -> None:
     )
     print("| weights | perplexity | against float32 | bytes of all parameters |\n|---|---|---|---|")
     first = None
-    small = {how: (quantised(reference, how), "float32") for how in (*HOWS, EMBEDDED)}
+    small = {kind: (quantised(reference, kind), "float32") for kind in KINDS}
     for name, (path, dtype) in (dense | small).items():
         with open_model(path) as source:
             params = load_params(source, dtype=dtype, stacked=False)
@@ -87,11 +89,11 @@ def perplexity(reference: Path, text: Path | None) -> None:
         print(f"| {name} | {math.exp(loss):.4f} | {math.expm1(loss - first):+.3%} | {size:,} |", flush=True)
 
 
-def quantised(reference: Path, how: str) -> Path:
+def quantised(reference: Path, kind: str) -> Path:
     """The model quantised in some way, made unless it is there."""
-    target, option = RUNS / f"{reference.name}-{how}", ["--quantize-embedding"] * (how == EMBEDDED)
+    target = RUNS / f"{reference.name}-{kind}"
     if not target.exists():
-        assert convert.main([str(reference), str(target), "--quantize", how.split(",")[0], *option]) == 0
+        assert convert.main([str(reference), str(target), *KINDS[kind]]) == 0
     return target
 
 

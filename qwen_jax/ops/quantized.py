@@ -85,8 +85,10 @@ def split(of_weight: P, outputs: int, w: Quantized) -> Quantized:
             f"choose a size that divides {groups}"
         )
     of_group, in_group = (rows, None) if groups > 1 else (None, rows)
-    values = P(*stack, rows, columns) if w.packed else P(*stack, of_group, in_group, columns)
-    values = P(columns, rows) if w.is_table else values
+    if w.packed:
+        values = P(*stack, rows, columns)
+    else:
+        values = P(columns, rows) if w.is_table else P(*stack, of_group, in_group, columns)
     scales = P(*stack, of_group, columns)
     return dataclasses.replace(w, values=values, scales=scales, zeros=None if w.zeros is None else scales)
 

@@ -18,7 +18,6 @@ from qwen_jax.weights.fields import Fields
 KEY = "quantization_config"
 HEAD = "lm_head.weight"
 _HEAD_MODULE = "lm_head"
-_OF_EMBEDDING: dict[str, Any] = {"bits": 8, "group": 0}
 _DYNAMIC_EMBEDDING = {"bits": 8, "group_size": -1}
 
 # Nothing else that is published of these models has a form of its own; those of AutoGPTQ for single kernels are not.
@@ -53,7 +52,7 @@ class Quantization:
     def of(self, name: str) -> Quantization:
         """How the weight of that published name is stored."""
         if name == self.embedding:
-            return dataclasses.replace(self, **_OF_EMBEDDING)
+            return dataclasses.replace(self, bits=8, group=0)
         return dataclasses.replace(self, bits=self.head_bits) if name == HEAD else self
 
     @property

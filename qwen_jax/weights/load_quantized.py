@@ -71,7 +71,7 @@ def load_quantized(tensors: QuantizedTensors, places: Sequence[Place], like: Qua
 
     def rows(name: str, index: Index) -> np.ndarray:
         outputs, inputs = index
-        return unpack(tensors.words(name, inputs, outputs), how.bits).T.astype(np.int16) - how.middle
+        return numbers(name, (slice(0, 1), inputs, outputs))[0].T
 
     def words(name: str, index: Index) -> np.ndarray:
         return tensors.words(name, slice(index[0].start * how.count, index[0].stop * how.count), index[1])

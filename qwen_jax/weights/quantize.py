@@ -130,9 +130,8 @@ class QuantizedSink:
 
 def _is_matrix(tensor: hf.Tensor, *, head: bool, embedding: bool) -> bool:
     path = tensor.parts[0].path
-    if path in ("head/w", "embed/w"):
-        return head if path == "head/w" else embedding
-    return path.startswith("layers/") and path.endswith("/w") and not path.endswith(_KEPT)
+    of_layer = path.startswith("layers/") and path.endswith("/w") and not path.endswith(_KEPT)
+    return {"head/w": head, "embed/w": embedding}.get(path, of_layer)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group"))

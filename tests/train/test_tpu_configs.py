@@ -27,8 +27,9 @@ RUNS = tpu_configs.runs()
 every_run = pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 PRETRAINING = [path for path in RUNS if path.parent == tpu_configs.CONFIGS]
 TUNING = [path for path in RUNS if path not in PRETRAINING]
+PARTS = ('include "preferences.gin"', 'include "online.gin"')
 ALIGNMENT = [
-    path for kind in ("reward", "*dpo", "grpo", "ppo") for path in sorted(tpu_configs.TUNING.glob(f"{kind}_*"))
+    path for path in sorted(tpu_configs.TUNING.glob("*.gin")) if any(part in path.read_text() for part in PARTS)
 ]
 
 # The compiler's warnings, which it keeps to its own log files unless told otherwise.
@@ -113,6 +114,10 @@ def test_every_row_has_its_run():
     found = tpu_configs.rows(text)
     assert list(found) == [path.name for path in RUNS if path in PRETRAINING or path.name in found]
     assert "Compiled, not run: compiler estimates (jax" in text
+
+
+def test_every_way_of_alignment():
+    assert {path.stem.split("_")[0] for path in ALIGNMENT} == {"reward", "dpo", "online", "grpo", "ppo"}
 
 
 @pytest.mark.parametrize("path", ALIGNMENT, ids=lambda path: path.stem)
